@@ -1,0 +1,129 @@
+"""The one module that touches PyTorch's private APIs; everything else goes through these few functions.
+
+Verified on torch 2.13; the names used exist since 2.11.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.source import ConstantSource
+from torch._dynamo.symbolic_convert import TensorifyState
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
+
+__all__ = [
+    "CapturedGraph",
+    "FakeTensorMode",
+    "capture",
+    "compile_graph",
+    "fake_mode_of_this_compile",
+    "fresh_size",
+    "guards_on",
+    "mode_patches",
+    "specialise_float_inputs",
+]
+
+CapturedGraph = tuple[fx.GraphModule, dict[str, str], list[str]]
+"""The graph, its mutated inputs as ``{output name: input name}``, and the names of lifted parameters and buffers."""
+
+
+def fake_mode_of_this_compile() -> FakeTensorMode | None:
+    """Return the fake mode in which Dynamo traced the graph that is being compiled, if any."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def specialise_float_inputs(gm: fx.GraphModule) -> None:
+    """Restart Dynamo's analysis with Python floats as constants, when it made graph inputs of them.
+
+    With ``dynamic=True`` every float attribute (an attention scale, say) becomes a zero-dimensional tensor input and an
+    ``item()`` call. Inductor undoes that for the floats it can't keep symbolic by the same restart; an attention scale
+    must be a constant for the rewrite, and floats of a model don't change from call to call.
+    """
+    found = False
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        memo = getattr(value, "item_memo", None) if isinstance(value, FakeTensor) else None
+        name = getattr(getattr(getattr(memo, "node", None), "_expr", None), "name", None)
+        if name is not None and not TensorifyState.should_specialize(name):
+            TensorifyState.specialize(name)
+            found = True
+    if found:
+        raise TensorifyScalarRestartAnalysis
+
+
+def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMode) -> CapturedGraph:
+    """Trace a Dynamo graph to functional pre-dispatch ATen, where attention is still one operation.
+
+    Args:
+        gm: Dynamo's graph; not modified.
+        fakes: One fake tensor, ``SymInt`` or constant for each placeholder.
+        fake_mode: The mode the fakes belong to.
+    """
+    # A context of its own: the export records metadata there that the real compilation must not find.
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        module, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    return module, mutated, [*signature.parameters, *signature.buffers]
+
+
+def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int) -> torch.SymInt:
+    """Return a new symbolic size that nothing else shares and that is not specialised for 0 or 1.
+
+    Dynamo doesn't know such a size and can't guard on it: see :func:`guards_on`.
+    """
+    env = fake_mode.shape_env
+    assert env is not None  # Dynamo's fake mode always has one
+    source = ConstantSource(name)
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
+    size = env.create_symintnode(symbol, hint=hint, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size
+
+
+def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[str]:
+    """Return the guards that were put on ``sizes``: assumptions which nobody would check at run time."""
+    env: ShapeEnv | None = fake_mode.shape_env
+    ours = {symbol for size in sizes for symbol in free_symbols(size)}
+    return [str(guard.expr) for guard in (env.guards if env else ()) if ours & guard.expr.free_symbols]
+
+
+def mode_patches(mode: str) -> dict[str, Any]:
+    """Return Inductor's settings for a mode of ``torch.compile``.
+
+    Raises:
+        RuntimeError: The mode is unknown (PyTorch's own message lists them).
+    """
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[object], inner: str, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile ``gm`` with the inner compiler; ``gm`` is consumed.
+
+    Args:
+        gm: The graph, rewritten or not.
+        inputs: Example inputs: real or fake tensors and integers.
+        inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        patches: Inductor's configuration for this graph alone.
+    """
+    if inner == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(inputs), config_patches=patches or None)
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(inputs))
+    return gm.forward

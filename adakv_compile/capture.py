@@ -1,0 +1,88 @@
+"""From Dynamo's graph to a functional ATen program, with every compressed cache seen as a dense tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from adakv_compile import _torch
+from adakv_compile.runtime.compressed import CompressedKV
+
+__all__ = ["CaptureError", "Program", "capture"]
+
+
+class CaptureError(Exception):
+    """The graph can't be captured; it is left alone."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured graph, owned by the pipeline: the rewrite may change it, Dynamo's own graph is never touched.
+
+    Attributes:
+        module: Functional pre-dispatch ATen; ``node.meta["val"]`` holds fake tensors.
+        inputs: The placeholders, in the order of the example inputs.
+        compressed: The placeholders whose example input is a ``CompressedKV``; in the graph they are dense.
+        outputs: The values the user's code gets back, in order.
+        mutated: For every input that the user's code changes in place, the placeholder and its final value.
+        fake_mode: The mode all fakes live in.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[fx.Node, ...]
+    compressed: frozenset[fx.Node]
+    outputs: tuple[object, ...]
+    mutated: tuple[tuple[fx.Node, fx.Node], ...]
+    fake_mode: _torch.FakeTensorMode
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
+    """Capture Dynamo's graph.
+
+    Args:
+        gm: Dynamo's graph. It is only read.
+        example_inputs: What Dynamo passes to a backend, one for each placeholder; values are never read.
+
+    Raises:
+        CaptureError: The graph holds what the functional form can't express.
+    """
+    fake_mode = _torch.fake_mode_of_this_compile()
+    if fake_mode is None:
+        raise CaptureError("the backend was called outside of a Dynamo compilation")
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [
+        _dense_fake(fake_mode, node.meta.get("example_value", example))
+        for node, example in zip(placeholders, example_inputs, strict=True)
+    ]
+    module, mutated, lifted = _torch.capture(gm, fakes, fake_mode)
+    if lifted:
+        raise CaptureError(f"parameters or buffers are not inputs of the graph: {', '.join(lifted)}")
+    graph = module.graph
+    inputs = tuple(graph.find_nodes(op="placeholder"))
+    by_name = {node.name: node for node in graph.nodes}
+    (returned,) = next(iter(graph.find_nodes(op="output"))).args
+    assert isinstance(returned, (tuple, list))
+    changed = tuple((by_name[source], by_name[value]) for value, source in mutated.items())
+    return Program(
+        module=module,
+        inputs=inputs,
+        compressed=frozenset(
+            node for node, example in zip(inputs, example_inputs, strict=True) if isinstance(example, CompressedKV)
+        ),
+        outputs=tuple(returned[len(mutated) :]),
+        mutated=changed,
+        fake_mode=fake_mode,
+    )
+
+
+def _dense_fake(fake_mode: _torch.FakeTensorMode, value: object) -> object:
+    """Show a compressed cache as the dense tensor whose shape it reports; leave everything else as it is."""
+    if isinstance(value, CompressedKV):
+        with fake_mode:
+            return torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
+    if isinstance(value, torch.Tensor):
+        return fake_mode.from_tensor(value, static_shapes=True)
+    return value
