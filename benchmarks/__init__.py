@@ -1,0 +1,1 @@
+"""Benchmarks, test beds and demonstrations of the eviction backend."""

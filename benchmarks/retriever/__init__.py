@@ -1,0 +1,1 @@
+"""A small decoder that retrieves facts from long generated documents."""
