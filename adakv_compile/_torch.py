@@ -27,6 +27,7 @@ __all__ = [
     "fake_mode_of_this_compile",
     "fresh_size",
     "guards_on",
+    "is_fake",
     "mode_patches",
     "specialise_float_inputs",
 ]
@@ -39,6 +40,11 @@ def fake_mode_of_this_compile() -> FakeTensorMode | None:
     """Return the fake mode in which Dynamo traced the graph that is being compiled, if any."""
     context = TracingContext.try_get()
     return None if context is None else context.fake_mode
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is fake (has a shape but no data)."""
+    return isinstance(tensor, FakeTensor)
 
 
 def specialise_float_inputs(gm: fx.GraphModule) -> None:

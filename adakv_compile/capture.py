@@ -61,6 +61,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
     if lifted:
         raise CaptureError(f"parameters or buffers are not inputs of the graph: {', '.join(lifted)}")
     graph = module.graph
+    _drop_metadata_checks(graph)
     inputs = tuple(graph.find_nodes(op="placeholder"))
     by_name = {node.name: node for node in graph.nodes}
     (returned,) = next(iter(graph.find_nodes(op="output"))).args
@@ -78,11 +79,18 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
     )
 
 
+def _drop_metadata_checks(graph: fx.Graph) -> None:
+    """Erase assertions about dtypes and layouts that tracing already proved; they would count as readers of values."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
 def _dense_fake(fake_mode: _torch.FakeTensorMode, value: object) -> object:
     """Show a compressed cache as the dense tensor whose shape it reports; leave everything else as it is."""
     if isinstance(value, CompressedKV):
         with fake_mode:
             return torch.empty(tuple(value.shape), dtype=value.dtype, device=value.device)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not _torch.is_fake(value):
         return fake_mode.from_tensor(value, static_shapes=True)
     return value

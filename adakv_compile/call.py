@@ -1,0 +1,228 @@
+"""The call boundary: the only Python that runs at every step.
+
+The compiled graph takes plain tensors. Here each ``CompressedKV`` argument is replaced by the parts of its layer's store,
+and the parts that come back are wrapped again, so the caller's cache holds compressed tensors of the logical shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Final, Literal
+
+from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
+from adakv_compile.runtime.compressed import CompressedKV
+from adakv_compile.runtime.store import LayerStore
+
+__all__ = [
+    "STORE_TENSORS",
+    "Boundary",
+    "Dimension",
+    "Grown",
+    "Made",
+    "Past",
+    "Passed",
+    "Returned",
+    "StorePart",
+    "bind",
+]
+
+STORE_TENSORS: Final = (
+    "keys",
+    "values",
+    "offsets",
+    "positions",
+    "tail_keys",
+    "tail_values",
+    "cursor",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """An input handed on as it is."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorePart:
+    """A field of the store behind a compressed past."""
+
+    past: int
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """A size of an argument that the graph itself no longer takes."""
+
+    index: int
+    dim: int
+
+
+Input = Passed | StorePart | Dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A layer's compressed past.
+
+    Attributes:
+        key: Index of the argument that holds the keys.
+        value: Index of the argument that holds the values.
+        appends: Tokens that the graph appends to the tail in place.
+        drops_oldest: Whether the graph tells apart entries that a sliding cache has dropped.
+    """
+
+    key: int
+    value: int
+    appends: int
+    drops_oldest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """An output handed on: a result of the compiled graph, or a constant."""
+
+    index: int | None
+    constant: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A cache made from results ``first .. first + 3``: keys, values, offsets and positions.
+
+    Attributes:
+        first: Index of the first of the four results.
+        kind: Which of the two tensors this output is.
+        tokens: Tokens of this call that the cache covers: a number, or the result that holds it.
+        past: The past it continues, if any.
+        cached: Logical length of the tensor the caller gets if it is fixed (a full sliding cache).
+    """
+
+    first: int
+    kind: Literal["key", "value"]
+    tokens: int | Returned
+    past: int | None
+    cached: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A compressed past after the graph appended to it.
+
+    Attributes:
+        past: The past.
+        kind: Which of the two tensors this output is.
+        cached: Logical length of the tensor the caller gets if it is fixed (a full sliding cache).
+    """
+
+    past: int
+    kind: Literal["key", "value"]
+    cached: int | None
+
+
+Output = Returned | Made | Grown
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """How arguments and results of the compiled graph relate to those of Dynamo's graph."""
+
+    inputs: tuple[Input, ...]
+    pasts: tuple[Past, ...]
+    outputs: tuple[Output, ...]
+
+
+def bind(
+    boundary: Boundary, compiled: Callable[..., Sequence[Any]], fallback: Callable[..., Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """Return the callable that Dynamo will run.
+
+    Args:
+        boundary: How to translate arguments and results.
+        compiled: The compiled graph, on plain tensors.
+        fallback: The original graph; runs eagerly when an argument is not what the graph was compiled for.
+    """
+    if not boundary.pasts and all(isinstance(output, Returned) for output in boundary.outputs):
+        return compiled
+    pasts = boundary.pasts
+    getters = [_getter(source) for source in boundary.inputs]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        stores: list[LayerStore] = []
+        for past in pasts:
+            key, value = args[past.key], args[past.value]
+            if not (type(key) is CompressedKV and type(value) is CompressedKV):
+                return fallback(*args)
+            if key.start and not past.drops_oldest:
+                return fallback(*args)
+            store = join(key, value)
+            if past.appends:
+                store.reserve(past.appends)
+            stores.append(store)
+        before = [(args[past.key].shape[2], args[past.key].start) for past in pasts]
+        results = compiled(*[get(args, stores) for get in getters])
+        for past, store in zip(pasts, stores, strict=True):
+            if past.appends:
+                store.advance(past.appends)
+        return _wrap(boundary, results, stores, before)
+
+    return run
+
+
+def _getter(source: Input) -> Callable[[Sequence[Any], Sequence[LayerStore]], Any]:
+    if isinstance(source, Passed):
+        index = source.index
+        return lambda args, stores: args[index]
+    if isinstance(source, Dimension):
+        index, dim = source.index, source.dim
+        return lambda args, stores: args[index].shape[dim]
+    past, read = source.past, attrgetter(source.field)
+    return lambda args, stores: read(stores[past])
+
+
+def _wrap(
+    boundary: Boundary,
+    results: Sequence[Any],
+    stores: Sequence[LayerStore],
+    before: Sequence[tuple[int, int]],
+) -> tuple[Any, ...]:
+    made: dict[object, tuple[CompressedKV, CompressedKV]] = {}
+    outputs: list[Any] = []
+    for output in boundary.outputs:
+        if isinstance(output, Returned):
+            outputs.append(output.constant if output.index is None else results[output.index])
+            continue
+        name = (type(output), output.first if isinstance(output, Made) else output.past)
+        pair = made.get(name)
+        if pair is None:
+            pair = _make(output, results, before) if isinstance(output, Made) else _grow(output, boundary, stores, before)
+            made[name] = pair
+        outputs.append(pair[0] if output.kind == "key" else pair[1])
+    return tuple(outputs)
+
+
+def _make(
+    output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]]
+) -> tuple[CompressedKV, CompressedKV]:
+    keys, values, offsets, positions = results[output.first : output.first + 4]
+    tokens = output.tokens
+    if isinstance(tokens, Returned):
+        assert tokens.index is not None
+        tokens = int(results[tokens.index])
+    length, start = (0, 0) if output.past is None else before[output.past]
+    end = start + length + tokens
+    cached = end - start if output.cached is None else output.cached
+    return wrap_prefill(keys, values, offsets, positions, cached, end - cached)
+
+
+def _grow(
+    output: Grown, boundary: Boundary, stores: Sequence[LayerStore], before: Sequence[tuple[int, int]]
+) -> tuple[CompressedKV, CompressedKV]:
+    length, start = before[output.past]
+    end = start + length + boundary.pasts[output.past].appends
+    cached = end - start if output.cached is None else output.cached
+    return wrap_grown(stores[output.past], cached, end - cached)

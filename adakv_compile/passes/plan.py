@@ -1,0 +1,219 @@
+"""Decide, from proofs and options, what happens to every attention; nothing is changed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import fx
+
+from adakv_compile.capture import Program
+from adakv_compile.options import Options
+from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
+from adakv_compile.passes.cache import CacheUpdate, find_cache_update
+from adakv_compile.passes.masks import MaskKind, MaskProof, MaskProver, PaddingFact
+from adakv_compile.passes.nodes import same_size, shape_of, source_line, static_int
+from adakv_compile.report import Reason, Refusal, SiteReport
+
+__all__ = ["Action", "MaskUse", "Plan", "PlannedSite", "make_plan"]
+
+
+class Action(Enum):
+    """What the rewrite does with an attention."""
+
+    COMPRESS = "compress"
+    """The cache is dense: attend as before, then keep the budget."""
+    DECODE = "decode"
+    """The cache is compressed and one token comes in: append it and attend."""
+    RECOMPRESS = "recompress"
+    """The cache is compressed and several tokens come in: attend, then keep the budget again."""
+
+
+@dataclass(frozen=True)
+class MaskUse:
+    """How the rewritten attention sees the mask.
+
+    Attributes:
+        proof: What the mask was proved to mean.
+        lookup: The mask itself, read at the positions of the kept entries, when it is not proved causal.
+        padding: Which entries are padding, when the proved mask says so.
+        sliding_window: Window of a proved sliding mask, in tokens.
+        columns: Whether entries that a sliding cache has dropped must be told apart by their column.
+    """
+
+    proof: MaskProof
+    lookup: fx.Node | None = None
+    padding: PaddingFact | None = None
+    sliding_window: int | None = None
+    columns: bool = False
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One attention that will be rewritten."""
+
+    index: int
+    site: AttentionSite
+    key: CacheUpdate
+    value: CacheUpdate
+    mask: MaskUse
+    action: Action
+    layer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole decision for one graph.
+
+    Attributes:
+        sites: The attentions to rewrite.
+        left: The attentions left alone: index, node and reason.
+    """
+
+    sites: tuple[PlannedSite, ...]
+    left: tuple[tuple[int, fx.Node, Refusal], ...]
+    policies: tuple[str, ...]
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why attentions were left alone, in order."""
+        return tuple(refusal for _, _, refusal in self.left)
+
+    def describe(self) -> tuple[SiteReport, ...]:
+        """Return the report of every attention, in order."""
+        done = [_describe(planned) for planned in self.sites]
+        left = [
+            SiteReport(i, "leave", "", "", (), "", refusal, source_line(node)) for i, node, refusal in self.left
+        ]
+        return tuple(sorted(done + left, key=lambda site: site.index))
+
+
+def make_plan(program: Program, options: Options) -> Plan:
+    """Analyse a captured graph; it is only read.
+
+    Args:
+        program: The captured graph.
+        options: The user's options.
+    """
+    prover = MaskProver(program.module.graph)
+    found: list[PlannedSite] = []
+    left: list[tuple[int, fx.Node, Refusal]] = []
+    for index, site in enumerate(find_attention(program.module.graph)):
+        decided = _decide(program, options, prover, index, site, layer=len(found))
+        if isinstance(decided, Refusal):
+            left.append((index, site.node, decided))
+        else:
+            found.append(decided)
+    policies = tuple(options.policy(planned.layer, len(found)).encode() for planned in found)
+    return Plan(tuple(found), tuple(left), policies)
+
+
+def _decide(
+    program: Program,
+    options: Options,
+    prover: MaskProver,
+    index: int,
+    site: AttentionSite | Unsupported,
+    layer: int,
+) -> PlannedSite | Refusal:
+    if isinstance(site, Unsupported):
+        return site.refusal
+    key, value = (find_cache_update(program, site, which) for which in ("key", "value"))
+    for update in (key, value):
+        if isinstance(update, Refusal):
+            return update
+    assert isinstance(key, CacheUpdate) and isinstance(value, CacheUpdate)
+    if mismatch := _mismatch(key, value):
+        return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
+    proof = prover.prove_mask(
+        site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length
+    )
+    one_token = static_int(site.query_length) == 1
+    if not key.compressed:
+        if key.past is not None and one_token:
+            return Refusal(Reason.DENSE_CACHE, "")
+        mask = _mask_of_prefill(site, key, proof, options)
+        action = Action.COMPRESS
+    else:
+        mask = _mask_of_past(site, key, proof)
+        action = Action.DECODE if one_token else Action.RECOMPRESS
+    if isinstance(mask, Refusal):
+        return mask
+    return PlannedSite(index, site, key, value, mask, action, layer)
+
+
+def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
+    if (key.past is None) != (value.past is None) or key.compressed != value.compressed:
+        return "one of them has a past of another kind"
+    if key.is_sliding != value.is_sliding:
+        return "only one of them drops old entries"
+    if key.slots and set(key.slots) & set(value.slots):
+        return "both are returned as the same output"
+    keys, values = shape_of(key.new), shape_of(value.new)
+    if not all(same_size(a, b) for a, b in zip(keys[:3], values[:3], strict=True)):
+        return f"new keys {tuple(keys)}, new values {tuple(values)}"
+    if key.new.meta["val"].dtype != value.new.meta["val"].dtype:
+        return f"keys are {key.new.meta['val'].dtype}, values {value.new.meta['val'].dtype}"
+    return ""
+
+
+def _is_causal_here(site: AttentionSite, proof: MaskProof) -> bool:
+    """Whether every new token sees itself and what came before it (within a window), and nothing else."""
+    if proof.is_self_causal(site.query_length, site.key_length):
+        return True
+    return proof.kind is MaskKind.FULL and static_int(site.query_length) == 1
+
+
+def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
+    where = source_line(site.mask) if site.mask is not None else source_line(site.node)
+    if proof.kind is MaskKind.UNPROVEN:
+        return Refusal(Reason.MASK_UNPROVEN, proof.reason or "", where)
+    return Refusal(Reason.MASK_NOT_CAUSAL, f"it is {proof.describe()}", where)
+
+
+def _mask_of_prefill(
+    site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options
+) -> MaskUse | Refusal:
+    if not _is_causal_here(site, proof):
+        return _refuse_mask(site, proof)
+    window = static_int(proof.window)
+    if proof.window is not None and window is None:
+        return Refusal(Reason.MASK_UNPROVEN, f"the sliding window {proof.window} is not a number")
+    if update.is_sliding and window is None:
+        return Refusal(Reason.CACHE_FORM, "old entries are dropped although the mask still shows them")
+    if window is not None and isinstance(options.budget, int) and options.budget >= window - 1:
+        return Refusal(Reason.WITHIN_WINDOW, f"window {window}, budget {options.budget}")
+    return MaskUse(proof, padding=proof.padding, sliding_window=window)
+
+
+def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) -> MaskUse | Refusal:
+    window = static_int(proof.window)
+    if _is_causal_here(site, proof) and (proof.window is None or window is not None):
+        # A sliding cache has dropped entries that are still stored; something must tell their columns.
+        columns = update.is_sliding and proof.padding is None and window is None
+        return MaskUse(proof, padding=proof.padding, sliding_window=window, columns=columns)
+    if site.mask is None:
+        return _refuse_mask(site, proof)
+    return MaskUse(proof, lookup=site.mask)
+
+
+def _describe(planned: PlannedSite) -> SiteReport:
+    site, mask = planned.site, planned.mask
+    heads = f"{site.num_heads} query heads on {site.num_kv_heads} KV heads"
+    shape = f"{heads}, head dim {shape_of(site.key)[3]}, {site.query_length} of {site.key_length} tokens new"
+    if mask.lookup is not None:
+        text = "looked up at the kept positions (" + (mask.proof.reason or mask.proof.describe()) + ")"
+    else:
+        text = f"proved {mask.proof.describe()}"
+    past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
+    cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
+    return SiteReport(
+        index=planned.index,
+        action=planned.action.value,
+        shape=shape,
+        mask=text,
+        proof=tuple(mask.proof.steps),
+        cache=cache,
+        refusal=None,
+        where=source_line(site.node),
+    )

@@ -1,0 +1,388 @@
+"""The only stage that changes a graph: put the plan's operators where the attention and the cache updates were."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from torch import fx
+
+from adakv_compile import _torch
+from adakv_compile.call import (
+    STORE_TENSORS,
+    Boundary,
+    Dimension,
+    Grown,
+    Input,
+    Made,
+    Output,
+    Passed,
+    Past,
+    Returned,
+    StorePart,
+)
+from adakv_compile.capture import Program
+from adakv_compile.passes.cache import CacheUpdate
+from adakv_compile.passes.masks import PaddingFact
+from adakv_compile.passes.nodes import same_size, shape_of, static_int
+from adakv_compile.passes.plan import Action, Plan, PlannedSite
+
+__all__ = ["Rewritten", "rewrite"]
+
+aten = torch.ops.aten
+# Any size will do for tracing, as long as nothing takes it for another one: no layer has exactly so many entries.
+_HINT: Final = 4099
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph on plain tensors and how to call it.
+
+    Attributes:
+        module: The rewritten graph.
+        inputs: Example inputs of ``module``: the caller's, or fakes for the parts of a store.
+        boundary: How its arguments and results relate to those of Dynamo's graph.
+        unguarded: Symbolic sizes that Dynamo doesn't guard on; the compiler must not have assumed anything of them.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    boundary: Boundary
+    unguarded: tuple[torch.SymInt, ...]
+
+
+def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewritten:
+    """Rewrite the captured graph, all sites of the plan or none.
+
+    Args:
+        program: The captured graph; its module is consumed.
+        plan: What to do.
+        example_inputs: The inputs Dynamo passed, one for each placeholder of the captured graph.
+
+    Raises:
+        RuntimeError: A value of the dense cache is still needed after the rewrite.
+    """
+    return _Rewriter(program, plan, example_inputs).run()
+
+
+@dataclass
+class _Rewriter:
+    program: Program
+    plan: Plan
+    examples: Sequence[Any]
+    new_inputs: dict[fx.Node, tuple[Input, Any]] = field(default_factory=dict[fx.Node, "tuple[Input, Any]"])
+    pasts: list[Past] = field(default_factory=list[Past])
+    results: list[fx.Node] = field(default_factory=list[fx.Node])
+    cached: dict[int, Output] = field(default_factory=dict[int, Output])
+    unguarded: list[torch.SymInt] = field(default_factory=list[torch.SymInt])
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.program.module.graph
+
+    def run(self) -> Rewritten:
+        for planned, policy in zip(self.plan.sites, self.plan.policies, strict=True):
+            if planned.action is Action.COMPRESS:
+                self._compress(planned, policy)
+            elif planned.action is Action.DECODE:
+                self._decode(planned)
+            else:
+                self._recompress(planned, policy)
+        outputs = self._close()
+        inputs = self._drop_dense_pasts()
+        self.graph.lint()
+        self.program.module.recompile()
+        boundary = Boundary(
+            inputs=tuple(source for source, _ in inputs), pasts=tuple(self.pasts), outputs=outputs
+        )
+        return Rewritten(
+            self.program.module, tuple(example for _, example in inputs), boundary, tuple(self.unguarded)
+        )
+
+    # -- the three actions ------------------------------------------------------------------------------------------
+
+    def _compress(self, planned: PlannedSite, policy: str) -> None:
+        site, mask = planned.site, planned.mask
+        key, value = (self._without_empty_past(update) for update in (planned.key, planned.value))
+        # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
+        with self.graph.inserting_before(site.node.next):
+            padding = self._padding(mask.padding, shape_of(planned.key.cached)[2], site.key_length)
+            scores = self._call(
+                torch.ops.adakv.observe_v1.default,
+                (site.query, key, padding, site.scale, mask.sliding_window, policy),
+                like=site.node,
+            )
+            kept = self._call(
+                torch.ops.adakv.select_v1.default,
+                (scores, padding, mask.sliding_window, policy),
+                like=site.node,
+            )
+            positions, offsets = (self._call(operator.getitem, (kept, i), like=site.node) for i in range(2))
+            stored = self._call(
+                torch.ops.adakv.compact_v1.default, (key, value, positions, offsets), like=site.node
+            )
+            keys, values = (self._call(operator.getitem, (stored, i), like=site.node) for i in range(2))
+            tokens = self._length(key)
+        self._return_made(planned, (keys, values, offsets, positions), tokens, past=None, cached=None)
+
+    def _decode(self, planned: PlannedSite) -> None:
+        site, mask = planned.site, planned.mask
+        past, parts = self._past(planned, appends=1)
+        with self.graph.inserting_before(site.node):
+            out = self._call(
+                torch.ops.adakv.decode_attention_v1.default,
+                (
+                    site.query,
+                    planned.key.new,
+                    planned.value.new,
+                    *(parts[name] for name in STORE_TENSORS),
+                    mask.lookup,
+                    self._columns(planned),
+                    site.scale,
+                    mask.sliding_window,
+                ),
+                like=site.node,
+            )
+        site.node.replace_all_uses_with(out)
+        for update, kind in _kinds(planned):
+            for slot in update.slots:
+                self.cached[slot] = Grown(past, kind, self._fixed_length(planned, update))
+
+    def _recompress(self, planned: PlannedSite, policy: str) -> None:
+        site, mask = planned.site, planned.mask
+        past, parts = self._past(planned, appends=0)
+        lengths = [self._host_length(past, name) for name in ("tail_length", "prefix_length")]
+        with self.graph.inserting_before(site.node):
+            result = self._call(
+                torch.ops.adakv.extend_v1.default,
+                (
+                    site.query,
+                    planned.key.new,
+                    planned.value.new,
+                    *(parts[name] for name in STORE_TENSORS if name != "cursor"),
+                    *lengths,
+                    mask.lookup,
+                    self._columns(planned),
+                    site.scale,
+                    mask.sliding_window,
+                    policy,
+                    mask.lookup is None,
+                ),
+                like=site.node,
+            )
+            out, *stored = (self._call(operator.getitem, (result, i), like=site.node) for i in range(5))
+            tokens = self._length(planned.key.new)
+        site.node.replace_all_uses_with(out)
+        fixed = self._fixed_length(planned, planned.key)
+        keys, values, offsets, positions = stored
+        self._return_made(planned, (keys, values, offsets, positions), tokens, past=past, cached=fixed)
+
+    # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        """Add a call whose fake value comes from the operator itself, with the provenance of ``like``."""
+        node = self.graph.call_function(target, args)
+        values = fx.map_arg(args, lambda source: source.meta["val"])
+        with self.program.fake_mode:
+            node.meta["val"] = target(*values)
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+            if name in like.meta:
+                node.meta[name] = like.meta[name]
+        return node
+
+    def _without_empty_past(self, update: CacheUpdate) -> fx.Node:
+        """Return what the caller keeps, after replacing ``cat([empty, new])`` by ``new``."""
+        if update.past is not None or update.whole is update.new:
+            return update.cached
+        update.whole.replace_all_uses_with(update.new)
+        return update.new if update.cached is update.whole else update.cached
+
+    def _padding(
+        self, fact: PaddingFact | None, kept: int | torch.SymInt, columns: int | torch.SymInt
+    ) -> fx.Node | None:
+        """Emit padding as ``[B, kept]`` booleans, ``True`` for real tokens, for the newest ``kept`` columns."""
+        if fact is None:
+            return None
+        return fact.emit(self.graph, self.program.fake_mode, columns - kept, kept)
+
+    def _columns(self, planned: PlannedSite) -> fx.Node | None:
+        """Emit the padding of all columns; a sliding cache without one still needs its columns told apart."""
+        columns = planned.site.key_length
+        if not planned.mask.columns:
+            return self._padding(planned.mask.padding, columns, columns)
+        batch, device = shape_of(planned.site.query)[0], planned.site.query.meta["val"].device
+        node = self.graph.call_function(
+            aten.ones.default,
+            ([self._size(batch), self._size(columns)],),
+            {"dtype": torch.bool, "device": device},
+        )
+        with self.program.fake_mode:
+            node.meta["val"] = torch.ones((batch, columns), dtype=torch.bool, device=device)
+        return node
+
+    def _size(self, size: int | torch.SymInt) -> int | fx.Node:
+        """Return a node that computes a symbolic size, from the graph's own inputs."""
+        if isinstance(size, int):
+            return size
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and same_size(value, size):
+                return node
+            if node.op == "output":
+                break
+        raise RuntimeError(f"no value of the graph holds the size {size}")
+
+    def _length(self, node: fx.Node) -> int | fx.Node:
+        """Return the sequence length of a value: a number, or a node that holds it."""
+        length = shape_of(node)[2]
+        return length if isinstance(length, int) else self._call(aten.sym_size.int, (node, 2), like=node)
+
+    def _fixed_length(self, planned: PlannedSite, update: CacheUpdate) -> int | None:
+        """Return the length of a full sliding cache, or ``None`` for a cache that grows with its tokens."""
+        if not update.is_sliding:
+            return None
+        fixed = static_int(update.cached_length)
+        if fixed is None:
+            raise RuntimeError(f"the length {update.cached_length} of a sliding cache is neither fixed nor growing")
+        return fixed
+
+    def _return_made(
+        self,
+        planned: PlannedSite,
+        stored: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
+        tokens: int | fx.Node,
+        past: int | None,
+        cached: int | None,
+    ) -> None:
+        first = len(self.results)
+        self.results.extend(stored)
+        count = tokens if isinstance(tokens, int) else self._result(tokens)
+        for update, kind in _kinds(planned):
+            for slot in update.slots:
+                self.cached[slot] = Made(first, kind, count, past, cached)
+
+    def _result(self, node: fx.Node) -> Returned:
+        """Return ``node`` from the graph, once for every symbolic value."""
+        for i, other in enumerate(self.results):
+            if other is node or (
+                isinstance(other.meta["val"], torch.SymInt) and same_size(other.meta["val"], node.meta["val"])
+            ):
+                return Returned(i)
+        self.results.append(node)
+        return Returned(len(self.results) - 1)
+
+    # -- inputs -----------------------------------------------------------------------------------------------------
+
+    def _new_input(self, name: str, source: Input, example: Any) -> fx.Node:
+        first = next(node for node in self.graph.nodes if node.op != "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = example
+        self.new_inputs[node] = (source, example)
+        return node
+
+    def _past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
+        """Add the parts of a layer's store as inputs."""
+        key, value = planned.key.past, planned.value.past
+        assert key is not None and value is not None
+        index = len(self.pasts)
+        mask = planned.mask
+        told_apart = mask.columns or mask.lookup is not None or mask.padding is not None
+        self.pasts.append(
+            Past(
+                key=self.program.inputs.index(key),
+                value=self.program.inputs.index(value),
+                appends=appends,
+                drops_oldest=told_apart or mask.sliding_window is not None,
+            )
+        )
+        batch, heads, _, key_dim = shape_of(key)
+        value_dim = shape_of(value)[3]
+        fake_mode, like = self.program.fake_mode, key.meta["val"]
+        entries, capacity = (
+            _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i)
+            for i, name in enumerate(("entries", "capacity"))
+        )
+        self.unguarded.extend((entries, capacity))
+        shapes: dict[str, tuple[Any, ...]] = {
+            "keys": (batch, entries, key_dim),
+            "values": (batch, entries, value_dim),
+            "offsets": (batch, heads + 1),
+            "positions": (batch, entries),
+            "tail_keys": (batch, heads, capacity, key_dim),
+            "tail_values": (batch, heads, capacity, value_dim),
+            "cursor": (2,),
+        }
+        parts: dict[str, fx.Node] = {}
+        for name in STORE_TENSORS:
+            if name == "cursor" and not appends:
+                continue
+            dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
+            with fake_mode:
+                fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
+            parts[name] = self._new_input(f"layer_{index}_{name}", StorePart(index, name), fake)
+        return index, parts
+
+    def _host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
+        size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT)
+        self.unguarded.append(size)
+        return self._new_input(f"layer_{past}_{name}", StorePart(past, name), size)
+
+    def _close(self) -> tuple[Output, ...]:
+        """Write back mutated inputs, and return what is left of the outputs and the stores."""
+        output = next(iter(self.graph.find_nodes(op="output")))
+        with self.graph.inserting_before(output):
+            for target, value in self.program.mutated:
+                self.graph.call_function(aten.copy_.default, (target, value))
+        outputs: list[Output] = []
+        for slot, value in enumerate(self.program.outputs):
+            if slot in self.cached:
+                outputs.append(self.cached[slot])
+            elif isinstance(value, fx.Node):
+                self.results.append(value)
+                outputs.append(Returned(len(self.results) - 1))
+            else:
+                outputs.append(Returned(None, value))
+        output.args = (tuple(self.results),)
+        return tuple(outputs)
+
+    def _drop_dense_pasts(self) -> list[tuple[Input, Any]]:
+        """Remove what only the dense caches needed; return the inputs in their final order."""
+        rewritten = [update.past for planned in self.plan.sites for update in (planned.key, planned.value)]
+        dense = [past for past in rewritten if past in self.program.compressed]
+        for past in dense:
+            assert past is not None
+            for user in list(past.users):
+                if user.target is aten.sym_size.int:
+                    self._replace_size(past, user)
+        self.graph.eliminate_dead_code()
+        inputs: list[tuple[Input, Any]] = []
+        for node in self.graph.find_nodes(op="placeholder"):
+            if node in self.new_inputs:
+                inputs.append(self.new_inputs[node])
+                continue
+            if node in dense:
+                if node.users:
+                    raise RuntimeError(f"the dense cache {node.name} is still read by {list(node.users)}")
+                self.graph.erase_node(node)
+                continue
+            index = self.program.inputs.index(node)
+            inputs.append((Passed(index), self.examples[index]))
+        return inputs
+
+    def _replace_size(self, past: fx.Node, user: fx.Node) -> None:
+        dim = user.args[1]
+        assert isinstance(dim, int)
+        source = Dimension(self.program.inputs.index(past), dim)
+        node = next((known for known, (given, _) in self.new_inputs.items() if given == source), None)
+        if node is None:
+            node = self._new_input(f"{past.name}_size_{dim}", source, user.meta["val"])
+        user.replace_all_uses_with(node)
+        self.graph.erase_node(user)
+
+
+def _kinds(planned: PlannedSite) -> tuple[tuple[CacheUpdate, Literal["key"]], tuple[CacheUpdate, Literal["value"]]]:
+    return (planned.key, "key"), (planned.value, "value")

@@ -1,0 +1,180 @@
+"""The stages from a Dynamo graph to a callable, in order, with their times; any failure leaves the graph alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from adakv_compile import _torch
+from adakv_compile.call import bind
+from adakv_compile.capture import CaptureError, Program, capture
+from adakv_compile.errors import CompilationRefusedError
+from adakv_compile.options import Options
+from adakv_compile.passes.plan import Plan, make_plan
+from adakv_compile.passes.rewrite import Rewritten, rewrite
+from adakv_compile.printer import print_graph
+from adakv_compile.report import GraphReport, Reason, Refusal, SiteReport
+from adakv_compile.runtime.compressed import CompressedKV
+
+__all__ = ["compile_or_leave"]
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[GraphReport], None]
+
+
+@dataclass
+class _Stages:
+    """Times of the stages of one compilation."""
+
+    seconds: dict[str, float] = field(default_factory=dict[str, float])
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - begin
+            log.debug("%s took %.3f s", stage, self.seconds[stage])
+
+
+def compile_or_leave(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, observer: Observer | None = None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its attention on a compressed cache, or exactly as the inner compiler alone would.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its example inputs; never kept.
+        options: The user's options.
+        observer: Called once with what was done, for reports.
+
+    Raises:
+        CompilationRefusedError: ``options.strict`` and an attention with a KV cache could not be compressed.
+    """
+    stages = _Stages()
+    sites: tuple[SiteReport, ...] = ()
+    snapshot, nodes, refusal = "", len(gm.graph.nodes), None
+    compiled: Callable[..., Any] | None = None
+    if torch.is_grad_enabled():
+        refusal = Refusal(Reason.GRAD_ENABLED, "")
+    else:
+        plan, program, refusal = _analyse(gm, example_inputs, options, stages)
+        if plan is not None and program is not None:
+            sites, nodes = plan.describe(), len(program.module.graph.nodes)
+            _enforce_strict(plan.refusals, options)
+            unread = _unread_pasts(program, plan)
+            if plan.sites and not unread:
+                compiled, snapshot, refusal = _rewrite_and_compile(gm, example_inputs, options, program, plan, stages)
+    report = GraphReport(nodes, sites, refusal, dict(stages.seconds), snapshot)
+    if refusal is not None:
+        _enforce_strict((refusal,), options)
+    _tell(report)
+    if observer is not None:
+        observer(report)
+    if compiled is not None:
+        return compiled
+    if any(isinstance(example, CompressedKV) for example in example_inputs):
+        # No dense tensor exists to run this graph on. Eagerly, CompressedKV serves what it can and names what it can't.
+        return gm.forward
+    return _torch.compile_graph(gm, example_inputs, options.inner, _patches(options))
+
+
+def _analyse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, stages: _Stages
+) -> tuple[Plan | None, Program | None, Refusal | None]:
+    if not _mentions_attention(gm):
+        return None, None, None
+    _torch.specialise_float_inputs(gm)
+    try:
+        with stages.time("capture"):
+            program = capture(gm, example_inputs)
+        with stages.time("analyse"):
+            return make_plan(program, options), program, None
+    except CaptureError as error:
+        return None, None, Refusal(Reason.CAPTURE, str(error))
+    except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
+        return None, None, _failure(Reason.CAPTURE, error, options)
+
+
+def _rewrite_and_compile(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    program: Program,
+    plan: Plan,
+    stages: _Stages,
+) -> tuple[Callable[..., Any] | None, str, Refusal | None]:
+    try:
+        with stages.time("rewrite"):
+            rewritten = rewrite(program, plan, example_inputs)
+            rewritten.module.meta.update(gm.meta)
+        snapshot = print_graph(rewritten.module.graph)
+        with stages.time("compile"):
+            inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, _patches(options))
+        _check_unguarded(program, rewritten)
+        return bind(rewritten.boundary, inner, gm.forward), snapshot, None
+    except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
+        return None, "", _failure(Reason.REWRITE, error, options)
+
+
+def _mentions_attention(gm: fx.GraphModule) -> bool:
+    """Whether capturing can pay: only graphs that call an attention are looked at."""
+    return any(
+        node.op == "call_function" and "scaled_dot_product_attention" in str(node.target) for node in gm.graph.nodes
+    )
+
+
+def _unread_pasts(program: Program, plan: Plan) -> bool:
+    """Whether a compressed input would be left without its rewrite."""
+    served = {update.past for planned in plan.sites for update in (planned.key, planned.value)}
+    return bool(program.compressed - served)
+
+
+def _check_unguarded(program: Program, rewritten: Rewritten) -> None:
+    assumed = _torch.guards_on(program.fake_mode, rewritten.unguarded)
+    if assumed:
+        raise RuntimeError(f"the compiler assumed {assumed} about sizes that nobody checks")
+
+
+def _failure(reason: Reason, error: Exception, options: Options) -> Refusal:
+    if options.strict:
+        raise error
+    log.warning("%s", reason.value, exc_info=error)
+    return Refusal(reason, f"{type(error).__name__}: {error}")
+
+
+def _enforce_strict(refusals: Sequence[Refusal], options: Options) -> None:
+    serious = [refusal for refusal in refusals if refusal.reason.is_refusal]
+    if options.strict and serious:
+        raise CompilationRefusedError(
+            "strict=True and the KV cache of this graph can't be compressed.\n  "
+            + "\n  ".join(map(str, serious))
+            + "\nUse strict=False to run it uncompressed."
+        )
+
+
+def _tell(report: GraphReport) -> None:
+    done = sum(site.compressed for site in report.sites)
+    log.info("%d nodes, %d of %d attentions on a compressed cache", report.nodes, done, len(report.sites))
+    if report.refusals:
+        reasons = "\n  ".join(map(str, report.refusals))
+        warnings.warn(
+            f'backend="adakv" leaves an attention uncompressed; it runs as under plain Inductor.\n  {reasons}',
+            stacklevel=2,
+        )
+
+
+def _patches(options: Options) -> dict[str, Any]:
+    patches = dict(options.inductor)
+    mode = patches.pop("mode", None)
+    return {**(_torch.mode_patches(str(mode)) if mode is not None else {}), **patches}
