@@ -1,0 +1,23 @@
+"""Eviction policies: score, allocate, select; pure functions composed by :func:`select`."""
+
+from __future__ import annotations
+
+from adakv_compile.policy.allocate import head_budgets, uniform_budgets
+from adakv_compile.policy.budget import layer_budget, layer_capacity
+from adakv_compile.policy.policy import Gqa, Method, Policy, Pool
+from adakv_compile.policy.scores import pool_scores, window_scores
+from adakv_compile.policy.select import select
+
+__all__ = [
+    "Gqa",
+    "Method",
+    "Policy",
+    "Pool",
+    "head_budgets",
+    "layer_budget",
+    "layer_capacity",
+    "pool_scores",
+    "select",
+    "uniform_budgets",
+    "window_scores",
+]

@@ -1,0 +1,151 @@
+"""Importance of cached entries: attention of the observation window, pooled (SnapKV)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from adakv_compile.policy.policy import Gqa, Pool
+
+__all__ = ["pool_scores", "window_scores"]
+
+# Largest float32 transient that one step of the scoring may make.
+_MAX_BLOCK_BYTES: Final = 64 << 20
+
+
+@torch.no_grad()
+def window_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    scale: float,
+    visible: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    gqa: Gqa = "mean",
+    query_valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the attention that the window pays to every key, one number per KV head and key.
+
+    Softmax in float32 over all keys (the window's own included), then the mean over the valid
+    queries of the window, then mean or max over the query heads that share a KV head (Ada-KV,
+    Algorithm 2, in the order of the reference code). Keys are never expanded over the group: the
+    group is folded into the query rows.
+
+    Args:
+        query: ``[B, Hq, W, D]``, the queries of the observation window.
+        key: ``[B, Hkv, L, D]``; KV head ``h`` serves query heads ``h * G`` to ``h * G + G - 1``
+            with ``G = Hq / Hkv``.
+        scale: Factor on the logits.
+        visible: Bool ``[B | 1, Hq | Hkv | 1, W | 1, L | 1]``, True where a query may attend to a
+            key. None: everywhere.
+        bias: Float, added to the logits, broadcastable like ``visible``; ``-inf`` hides a key, too.
+        gqa: Reduction over the group, ``"mean"`` or ``"max"``.
+        query_valid: Bool ``[B, W]``, False for queries that are padding: they are not counted.
+            None: all valid.
+
+    Returns:
+        Float32 ``[B, Hkv, L]``, not pooled. Keys that no query sees, and rows without a valid
+        query, have 0. A NaN logit makes its head's scores NaN, which
+        :func:`adakv_compile.policy.select` ranks lowest.
+
+    Raises:
+        ValueError: The query heads do not divide into groups, one for each KV head.
+    """
+    num_query_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if num_query_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_query_heads} query heads do not divide over {num_kv_heads} KV heads"
+        )
+    batch, _, window, dim = query.shape
+    group = num_query_heads // num_kv_heads
+    grouped = query.view(batch, num_kv_heads, group, window, dim)
+    mask = None if visible is None else _per_group(visible, num_kv_heads, group)
+    extra = None if bias is None else _per_group(bias, num_kv_heads, group)
+    counted = None if query_valid is None else query_valid[:, None, None, :, None]
+    rows, heads = _block_shape(grouped, key)
+    if rows >= key.shape[0] and heads >= num_kv_heads:
+        return _block_scores(grouped, key, scale, mask, extra, counted, gqa)
+    scores = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    for row in range(0, key.shape[0], rows):
+        for head in range(0, num_kv_heads, heads):
+            part = (slice(row, row + rows), slice(head, head + heads))
+            masks = _cut(mask, part), _cut(extra, part), _cut(counted, part)
+            scores[part] = _block_scores(grouped[part], key[part], scale, *masks, gqa)
+    return scores
+
+
+def pool_scores(scores: torch.Tensor, *, kind: Pool, kernel_size: int) -> torch.Tensor:
+    """Pool along the sequence with stride 1; the length stays and what lies outside is nothing.
+
+    Args:
+        scores: Float ``[B, H, L]``.
+        kind: ``"max"`` (outside is ``-inf``) or ``"avg"`` (outside is 0; always divided by
+            ``kernel_size``).
+        kernel_size: Odd width in entries.
+
+    Returns:
+        Float ``[B, H, L]``.
+    """
+    if kind == "max":
+        return functional.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    return functional.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def _block_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    counted: torch.Tensor | None,
+    gqa: Gqa,
+) -> torch.Tensor:
+    """Score ``[b, h, G, W, D]`` on ``[b, h, L, D]``; masks broadcast to ``[b, h, G, W, L]``."""
+    window = query.shape[3]
+    rows = (query.float() * scale).flatten(2, 3)
+    logits = (rows @ key.float().mT).view(*query.shape[:-1], key.shape[2])
+    if bias is not None:
+        logits += bias
+    if mask is not None:
+        logits.masked_fill_(~mask, -torch.inf)
+    if counted is None:
+        num_queries: int | torch.Tensor = window
+    else:
+        # Hidden rather than weighted with 0: what padding holds may be NaN.
+        logits.masked_fill_(~counted, -torch.inf)
+        num_queries = counted.sum(-2, keepdim=True).clamp(min=1)
+    peak = logits.amax(-1, keepdim=True)
+    logits.sub_(peak.masked_fill_(peak == -torch.inf, 0.0)).exp_()
+    mass = logits.sum(-1, keepdim=True)
+    mass = mass.masked_fill_(mass == 0, 1.0) * num_queries
+    per_head = (mass.reciprocal().mT @ logits).squeeze(-2)
+    return per_head.amax(2) if gqa == "max" else per_head.mean(2)
+
+
+def _block_shape(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int]:
+    """Return how many batch rows and KV heads to score at once."""
+    num_rows, num_heads, length, dim = key.shape
+    if isinstance(length, torch.SymInt):  # one block rather than a guard
+        return num_rows, num_heads
+    per_key = query.shape[2] * query.shape[3] + (0 if key.dtype == torch.float32 else dim)
+    units = max(1, _MAX_BLOCK_BYTES // max(1, 4 * length * per_key))
+    return (num_rows, units // num_rows) if units >= num_rows else (units, 1)
+
+
+def _per_group(mask: torch.Tensor, num_kv_heads: int, group: int) -> torch.Tensor:
+    """View a mask as ``[B | 1, Hkv | 1, G | 1, W | 1, L | 1]``."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    rows, heads, window, length = mask.shape
+    if heads in (1, num_kv_heads):
+        return mask.unsqueeze(2)
+    return mask.view(rows, num_kv_heads, group, window, length)
+
+
+def _cut(mask: torch.Tensor | None, part: tuple[slice, slice]) -> torch.Tensor | None:
+    """Cut a block out of a mask, whose size 1 stands for every row or head."""
+    if mask is None:
+        return None
+    rows = slice(None) if mask.shape[0] == 1 else part[0]
+    return mask[rows, slice(None) if mask.shape[1] == 1 else part[1]]

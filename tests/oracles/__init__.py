@@ -1,0 +1,1 @@
+"""Independent, slow implementations to compare with."""
