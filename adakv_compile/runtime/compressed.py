@@ -1,0 +1,248 @@
+"""The tensor that stands in a model's cache slot: logical shape outside, only the kept entries inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from adakv_compile.runtime.errors import CacheError
+from adakv_compile.runtime.pending import Pending
+from adakv_compile.runtime.store import LayerStore
+
+__all__ = ["CompressedKV", "Kind", "make_view"]
+
+Kind = Literal["key", "value"]
+
+_SEQUENCE_DIM: Final = 2
+
+
+class CompressedKV(torch.Tensor):
+    """The keys or the values of one layer, as a tensor of their logical shape ``[B, Hkv, L, D]``.
+
+    It owns only what was kept: the rest of the logical tensor does not exist, and attention treats it as masked out.
+    Everything computed from shapes (position ids, masks, ``get_seq_length``) is right as it is. Supported operations
+    are what caches do: append by ``cat``, select or repeat batch rows, crop the newest tokens, drop the oldest, change
+    device or dtype, copy, and ``scaled_dot_product_attention``. Anything else raises
+    :class:`~adakv_compile.runtime.errors.UnsupportedCacheOperation`.
+
+    The views of a layer share a :class:`~adakv_compile.runtime.store.LayerStore` and still behave as independent
+    tensors: a conversation that continues from an older view gets its own copy at its first append.
+
+    Args:
+        store: What the layer keeps.
+        kind: Which of its two tensors this is.
+        length: Logical length ``L`` in tokens; by default all tokens from ``start`` on.
+        start: Position of logical slot 0; above 0 only for sliding-window layers, whose cache drops its oldest slots.
+    """
+
+    anchor: Tensor
+    _kind: Kind
+    _start: int
+    _length: int
+    # Class-level defaults: a view made by a decode step sets none of these.
+    _store: LayerStore | None = None
+    _pending: Pending | None = None
+    _repeat: int = 1
+    """Times each KV head is repeated (grouped-query attention spelled out by the model), in a 4-D view."""
+    _inserted: tuple[int, int] | None = None
+    """``(dim, size)`` of the fifth dimension on the way to a repetition: ``unsqueeze``, ``expand``, ``reshape``."""
+
+    # What PyTorch's documentation calls opting out; else Dynamo traces __torch_function__ for every use of the cache.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    def __new__(
+        cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0
+    ) -> CompressedKV:
+        return make_view(store, kind, store.length - start if length is None else length, start)
+
+    # What a user may ask
+
+    @property
+    def store(self) -> LayerStore:
+        """The layer's entries, shared by its key view and value view.
+
+        Raises:
+            CacheError: This tensor has none: it is a compiler's stand-in, or the output of a graph that another
+                backend compiled.
+        """
+        if self._pending is not None and self._pending.store is not None:
+            self._store, self._pending = self._pending.store, None
+        if self._store is None:
+            raise CacheError(
+                f"A CompressedKV of shape {list(self.shape)} holds no entries: a function compiled by another backend"
+                " returned it. Compile what handles the cache with backend='adakv', or leave it in eager mode."
+            )
+        return self._store
+
+    @property
+    def kind(self) -> Kind:
+        """``"key"`` or ``"value"``."""
+        return self._kind
+
+    @property
+    def start(self) -> int:
+        """Position of logical slot 0."""
+        return self._start
+
+    @property
+    def tail_length(self) -> int:
+        """Entries of the store's tail that this view sees, without those still pending."""
+        seen = self._start + self._length - self.store.prefix_length
+        return seen if self._pending is None else min(seen, self._pending.base)
+
+    @property
+    def pending(self) -> Tensor | None:
+        """``[B, Hkv, T, D]`` entries appended in eager mode and not yet in the store, or None."""
+        base = self.store.prefix_length  # settles what was written meanwhile
+        if self._pending is None:
+            return None
+        count = self._start + self._length - base - self._pending.base
+        return self._pending.entries[:, :, :count] if count > 0 else None
+
+    @property
+    def head_lengths(self) -> Tensor:
+        """``[B, Hkv]`` int64: entries of each head that can be attended to, kept ones and appended ones."""
+        store = self.store
+        appended = self._start + self._length - max(store.prefix_length, self._start)
+        if self._start == 0:
+            return store.offsets.diff(dim=1).to(torch.int64) + appended
+        positions, valid = kept_positions(store)
+        return (valid & (positions >= self._start)).sum(-1) + appended
+
+    def positions(self, batch: int, head: int) -> Tensor:
+        """Return ``[n]`` int64: the logical slots, in ascending order, that a head of a row still holds.
+
+        Args:
+            batch: Row of the batch.
+            head: KV head.
+        """
+        store = self.store
+        first, last = (int(bound) for bound in store.offsets[batch, head : head + 2])
+        kept = store.positions[batch, first:last].to(torch.int64)
+        end = self._start + self._length
+        tail = torch.arange(store.prefix_length, end, device=kept.device)
+        slots = torch.cat([kept, tail]) - self._start
+        return slots[slots >= 0]
+
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of this tensor's own entries, tail allocation included, plus half of what K and V share."""
+        store = self.store
+        own = (store.keys, store.tail_keys) if self._kind == "key" else (store.values, store.tail_values)
+        waiting = 0 if self._pending is None else self._pending.entries.nbytes
+        return own[0].nbytes + own[1].nbytes + store.bookkeeping_bytes // 2 + waiting
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes that the dense tensor of this shape takes."""
+        return self.numel() * self.itemsize
+
+    def dense(self, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the dense tensor ``[B, Hkv, L, D]`` and ``[B, Hkv, L]`` bool: which slots are held.
+
+        Args:
+            fill: What stands in the slots that were evicted.
+        """
+        from adakv_compile.runtime.eager import densify
+
+        return densify(self, fill)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        shape = f"shape={list(self.shape)}, dtype={self.dtype}, device={self.device}"
+        if self._store is None:
+            return f"CompressedKV({shape}, no entries)"
+        store = self.store
+        kept = f"kept={store.keys.shape[1]}, appended={self._start + self._length - store.prefix_length}"
+        return f"CompressedKV({self._kind}, {shape}, start={self._start}, {kept})"
+
+    # Copying
+
+    def like(self, store: LayerStore, pending: Tensor | None) -> CompressedKV:
+        """Return this view over another store with the same positions, and other pending entries."""
+        waiting = None if pending is None else Pending(pending, self.tail_length)
+        return make_view(store, self._kind, self._length, self._start, waiting)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKV:
+        if id(self) in memo:
+            return memo[id(self)]
+        store = copy.deepcopy(self.store, memo)
+        pending = copy.deepcopy(self._pending, memo)
+        copied = make_view(store, self._kind, self._length, self._start, pending)
+        copied._repeat = self._repeat
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
+        store, pending = self.store, self.pending
+        return _unpickle, (store, self._kind, self._length, self._start, pending, self.tail_length)
+
+    # Dynamo's protocol for tensor subclasses
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["anchor"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
+    ) -> CompressedKV:
+        return storeless(inner["anchor"], outer_size)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from adakv_compile.runtime.eager import dispatch
+
+        return dispatch(func, args, kwargs or {})
+
+
+_make_wrapper: Final[Callable[..., CompressedKV]] = torch.Tensor._make_wrapper_subclass  # pyright: ignore
+
+
+def make_view(
+    store: LayerStore, kind: Kind, length: int, start: int = 0, pending: Pending | None = None
+) -> CompressedKV:
+    """Return a view of ``store``; a decode step of a 32-layer model makes 64 of these, so nothing is checked."""
+    anchor = store.anchor
+    shape = (store.batch, store.num_kv_heads, length, store.key_dim if kind == "key" else store.value_dim)
+    view = _make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
+    view.anchor = anchor
+    view._store = store
+    view._kind = kind
+    view._start = start
+    view._length = length
+    # What torch._dynamo.maybe_mark_dynamic(view, 2) writes: one graph serves all lengths from the first one on.
+    view._dynamo_weak_dynamic_indices = {_SEQUENCE_DIM}
+    view._has_dynamo_dim_marking = True
+    if pending is not None:
+        view._pending = pending
+    return view
+
+
+def storeless(anchor: Tensor, shape: Any) -> CompressedKV:
+    """Return a view of nothing, which has a shape, a dtype and a device: what a compiler traces with."""
+    view = _make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
+    view.anchor = anchor
+    return view
+
+
+def kept_positions(store: LayerStore) -> tuple[Tensor, Tensor]:
+    """Return ``[B, Hkv, M]`` int64 positions of the kept entries, padded to the longest head, and which are real."""
+    starts = store.offsets[:, :-1].to(torch.int64)
+    lengths = store.offsets.diff(dim=1)
+    longest = int(lengths.max()) if lengths.numel() else 0
+    column = torch.arange(longest, device=starts.device)
+    valid = column < lengths[..., None]
+    index = torch.where(valid, starts[..., None] + column, 0)
+    gathered = store.positions.gather(1, index.flatten(1)).view_as(index) if longest else index
+    return gathered.to(torch.int64), valid
+
+
+def _unpickle(
+    store: LayerStore, kind: Kind, length: int, start: int, pending: Tensor | None, base: int
+) -> CompressedKV:
+    return make_view(store, kind, length, start, None if pending is None else Pending(pending, base))
