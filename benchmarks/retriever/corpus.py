@@ -31,9 +31,7 @@ Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 #: The successor table is part of the language the weights were trained on.
-_SUCCESSORS: Final[Ids] = np.random.default_rng(1234).integers(
-    0, vocab.FILLER.count, size=(vocab.FILLER.count, 4)
-)
+_SUCCESSORS: Final[Ids] = np.random.default_rng(1234).integers(0, vocab.FILLER.count, size=(vocab.FILLER.count, 4))
 _SUCCESSOR_CUMULATIVE: Final = np.cumsum([0.55, 0.25, 0.12, 0.08])
 _RESTART: Final = 0.08
 
@@ -125,9 +123,7 @@ def filler(rng: np.random.Generator, count: int) -> Ids:
     return state + vocab.FILLER.start
 
 
-def recall_document(
-    rng: np.random.Generator, length: int, task: RecallTask
-) -> Document:
+def recall_document(rng: np.random.Generator, length: int, task: RecallTask) -> Document:
     """Return a document of exactly ``length`` tokens for ``task``.
 
     Args:
@@ -150,10 +146,7 @@ def recall_document(
 
     names = rng.permutation(vocab.NAMES.count)[:count] + vocab.NAMES.start
     sizes = rng.integers(low, high + 1, count)
-    values = [
-        tuple((rng.integers(0, vocab.VALUES.count, n) + vocab.VALUES.start).tolist())
-        for n in sizes
-    ]
+    values = [tuple((rng.integers(0, vocab.VALUES.count, n) + vocab.VALUES.start).tolist()) for n in sizes]
     if count >= task.questions:
         asked = rng.permutation(count)[: task.questions]
     else:
@@ -161,9 +154,7 @@ def recall_document(
 
     tail = [[vocab.QUESTION, int(names[i]), *values[i], vocab.END] for i in asked]
     context = length - 1 - sum(map(len, tail))
-    facts = [
-        [vocab.KEY, int(n), *v, vocab.END] for n, v in zip(names, values, strict=True)
-    ]
+    facts = [[vocab.KEY, int(n), *v, vocab.END] for n, v in zip(names, values, strict=True)]
 
     ids = np.empty(length, np.int64)
     ids[0] = vocab.BOS
@@ -210,9 +201,7 @@ def copy_document(rng: np.random.Generator, length: int) -> Document:
     return Document(ids=ids, answers=answers, questions=())
 
 
-def training_batch(
-    rng: np.random.Generator, length: int, rows: int, *, copy_share: float
-) -> tuple[Ids, Mask]:
+def training_batch(rng: np.random.Generator, length: int, rows: int, *, copy_share: float) -> tuple[Ids, Mask]:
     """Return one training batch with every task in it over time.
 
     Args:

@@ -53,9 +53,7 @@ class Score:
 
 
 @torch.no_grad()
-def greedy(
-    network: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, count: int
-) -> torch.Tensor:
+def greedy(network: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Return the next ``count`` tokens; only the last is not in the cache.
 
     Args:
@@ -145,9 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores = []
     for length in options.lengths:
         for task in corpus.TASKS:
-            result = score(
-                network, task, length, documents=options.documents, seed=options.seed
-            )
+            result = score(network, task, length, documents=options.documents, seed=options.seed)
             scores.append(result)
             table.add_row(
                 task.name,

@@ -41,7 +41,6 @@ def _config() -> LlamaConfig:
         eos_token_id=vocab.EOS,
         pad_token_id=vocab.PAD,
         initializer_range=0.05,
-        attn_implementation="sdpa",
     )
 
 
@@ -76,8 +75,6 @@ def save(network: LlamaForCausalLM, folder: Path) -> None:
         network: The model.
         folder: Where to write; created if absent.
     """
-    network.generation_config = GenerationConfig(
-        bos_token_id=vocab.BOS, eos_token_id=vocab.END, pad_token_id=vocab.PAD
-    )
+    network.generation_config = GenerationConfig(bos_token_id=vocab.BOS, eos_token_id=vocab.END, pad_token_id=vocab.PAD)
     network.save_pretrained(folder)
     vocab.build_tokenizer(MAX_LENGTH).save_pretrained(folder)

@@ -172,12 +172,8 @@ def train(
         rate = peak_rate * _rate(progress, step)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        ids, answers = corpus.training_batch(
-            rng, length, rows, copy_share=copy_share
-        )
-        answer_loss, rest_loss, accuracy = _losses(
-            network, torch.from_numpy(ids), torch.from_numpy(answers)
-        )
+        ids, answers = corpus.training_batch(rng, length, rows, copy_share=copy_share)
+        answer_loss, rest_loss, accuracy = _losses(network, torch.from_numpy(ids), torch.from_numpy(answers))
         (answer_loss + _LM_WEIGHT * rest_loss).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
@@ -206,9 +202,7 @@ def train(
     return records
 
 
-def _save(
-    network: LlamaForCausalLM, records: list[dict[str, float]], out: Path
-) -> None:
+def _save(network: LlamaForCausalLM, records: list[dict[str, float]], out: Path) -> None:
     """Write the checkpoint folder and the log so far."""
     model.save(network, out)
     (out / "log.json").write_text(json.dumps(records, indent=1) + "\n")

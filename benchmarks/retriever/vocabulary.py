@@ -74,8 +74,7 @@ FILLER: Final = WordRange(256, 256)
 
 #: Ids 4 and 7 to 14 belong to tasks the packaged weights were not taught.
 _SPECIAL: Final = (
-    "<pad> <s> </s> remember is . recall answer "
-    "copy frequent see noise <spare-0> <spare-1> <spare-2> <unk>"
+    "<pad> <s> </s> remember is . recall answer copy frequent see noise <spare-0> <spare-1> <spare-2> <unk>"
 )
 
 _NAMES: Final = """
