@@ -96,9 +96,8 @@ def streaming_mask(valid: torch.Tensor, budgets: torch.Tensor, sinks: int) -> to
 def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Return the ``counts`` largest keys along the last dimension, ties to the lower index.
 
-    The threshold is found bit by bit, 32 passes of compare and count: on CPU four times as fast as
-    sorting at 16k entries, and unlike ``topk`` it takes another count for every row without reading
-    it on the host.
+    A radix selection: four histograms of eight bits each. On CPU it is several times as fast as
+    sorting, and unlike ``topk`` it takes another count for every row without reading it on the host.
 
     Args:
         keys: Int32 ``[..., N]``.
@@ -107,17 +106,23 @@ def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     Returns:
         Bool ``[..., N]``, exactly ``counts`` True in every row.
     """
-    wanted = counts[..., None]
-    # The largest threshold that ``wanted`` keys reach, built from its top bit down.
-    threshold = torch.full_like(wanted, _INT32_MIN)
-    for bit in range(31, -1, -1):
-        trial = threshold + (1 << bit)
-        reached = (keys >= trial.to(torch.int32)).sum(-1, keepdim=True)
-        threshold = torch.where(reached >= wanted, trial, threshold)
-    threshold = threshold.to(torch.int32)
-    above = keys > threshold
+    missing = counts[..., None]
+    bins = torch.zeros((*counts.shape, 256), dtype=torch.int32, device=keys.device)
+    digits = (keys >> 24) + 128
+    active = torch.ones_like(keys)
+    threshold = torch.zeros_like(missing)
+    for shift in (24, 16, 8, 0):
+        if shift != 24:
+            digits = (keys >> shift) & 255
+            active = (keys >> (shift + 8) == threshold).to(torch.int32)
+        histogram = bins.scatter_add(-1, digits.to(torch.int64), active)
+        reached = histogram.flip(-1).cumsum(-1).flip(-1)
+        # The largest digit that as many keys as are missing reach; the keys above it are taken.
+        digit = (reached >= missing).sum(-1, keepdim=True) - 1
+        missing = missing - (reached - histogram).gather(-1, digit)
+        threshold = (digit - 128 if shift == 24 else threshold * 256 + digit).to(torch.int32)
     equal = keys == threshold
-    return above | (equal & (equal.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
+    return (keys > threshold) | (equal & (equal.cumsum(-1) <= missing))
 
 
 def _latest(valid: torch.Tensor, count: int) -> torch.Tensor:
