@@ -1,0 +1,34 @@
+"""Gathering of the kept entries in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from adakv_compile.kernels._checks import check_shape
+
+__all__ = ["compact", "head_of_slots"]
+
+
+def head_of_slots(offsets: torch.Tensor, slots: int) -> torch.Tensor:
+    """Return the KV head of every slot, ``[B, N]`` int64; unused slots get the number of heads."""
+    slot = torch.arange(slots, dtype=offsets.dtype, device=offsets.device)
+    return torch.searchsorted(
+        offsets[:, 1:].contiguous(), slot.expand(offsets.shape[0], slots).contiguous(), right=True
+    )
+
+
+def compact(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather the kept rows; see :mod:`adakv_compile.kernels.compact.op`."""
+    check_shape("compact", "key", key, (None, None, None, None))
+    batch, num_heads, length = key.shape[:3]
+    check_shape("compact", "value", value, (batch, num_heads, length, None))
+    check_shape("compact", "positions", positions, (batch, None))
+    check_shape("compact", "offsets", offsets, (batch, num_heads + 1))
+    head = head_of_slots(offsets, positions.shape[1])
+    unused = (head == num_heads)[..., None]
+    head = head.clamp_(max=num_heads - 1)
+    row = torch.arange(batch, device=key.device)[:, None]
+    where = (row, head, positions.long())
+    return key[where].masked_fill_(unused, 0), value[where].masked_fill_(unused, 0)

@@ -1,0 +1,65 @@
+"""``adakv::decode_attention_v1``: append the new tokens to the tail, then attend to prefix and tail.
+
+| argument         | shape, dtype                   | meaning                                                    |
+|------------------|--------------------------------|------------------------------------------------------------|
+| `query`          | `[B, Hq, T, Dk]` model         | any strides; query `t` sits at position `P + t`            |
+| `key_new`        | `[B, Hkv, T, Dk]` model        | any strides                                                |
+| `value_new`      | `[B, Hkv, T, Dv]` model        | any strides                                                |
+| `keys`, `values` | `[B, N, Dk]`, `[B, N, Dv]`     | kept entries, contiguous; read                             |
+| `offsets`        | `[B, Hkv + 1]` int32           | head `h` of row `b` is `offsets[b, h] .. offsets[b, h + 1] - 1`; the rest is never used |
+| `positions`      | `[B, N]` int32                 | position of every kept entry, below `cursor[1]`            |
+| `tail_keys`, `tail_values` | `[B, Hkv, C, D*]` model | **mutated**: entries `cursor[0] .. cursor[0] + T - 1` are written; capacity is the caller's promise |
+| `cursor`         | `[2]` int32                    | **mutated**: tail entries in use (`+= T`), position of tail entry 0 |
+| `mask`           | `[B or 1, 1 or Hq, T or 1, M]` bool or float, or None | replaces the causal and sliding rules; floats are added to the logits |
+| `padding`        | `[B or 1, M]` bool, or None    | True for real tokens; on top of the rule or the mask       |
+| `scale`          | float                          | factor on the logits                                       |
+| `sliding_window` | int or None                    | keys a query sees, its own included                        |
+| result           | `[B, Hq, T, Dv]` model         | contiguous, newly allocated; zeros for a query that sees nothing |
+
+`P = cursor[0] + cursor[1]` before the call; tail entry `i` has position `cursor[1] + i` in every row and head. Without
+a mask a query sees positions up to its own (causal) and above `P + t - sliding_window`. Column `c` of a mask is
+position `P + T - M + c`: the last one is the newest token, and what lies before the first is invisible. No tensor
+overlaps another. Lengths are device tensors: no step waits for the device. Softmax is float32. Cost: each entry is read
+once for the whole query group.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels.decode_attention.reference import decode_attention, decode_attention_cpu
+
+__all__ = ["SPEC"]
+
+
+def _fake(
+    query: torch.Tensor,
+    key_new: torch.Tensor,
+    value_new: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    cursor: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    return query.new_empty((*query.shape[:3], value_new.shape[3]))
+
+
+SPEC = OpSpec(
+    schema=(
+        "decode_attention_v1(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values,"
+        " Tensor offsets, Tensor positions, Tensor(a!) tail_keys, Tensor(b!) tail_values, Tensor(c!) cursor,"
+        " Tensor? mask, Tensor? padding, float scale, int? sliding_window) -> Tensor"
+    ),
+    portable=decode_attention,
+    cpu=decode_attention_cpu,
+    fake=_fake,
+)
+register(SPEC)

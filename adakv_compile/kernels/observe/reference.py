@@ -1,0 +1,63 @@
+"""Scores of the observation window in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from adakv_compile.kernels._checks import check_grouped, check_like, check_shape
+from adakv_compile.policy import Policy, window_scores
+
+__all__ = ["observe"]
+
+
+def observe(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    padding: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    policy: str,
+) -> torch.Tensor:
+    """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`."""
+    batch, num_heads, length, dim = _checked(query, key, padding)
+    rules = Policy.decode(policy)
+    # Window row ``r`` sits at key ``length - window + r``; queries before the first key see nothing that is held.
+    window = min(rules.window, query.shape[2], length)
+    if rules.method == "streamingllm" or window == 0:
+        return query.new_zeros((batch, num_heads, length), dtype=torch.float32)
+    keys = torch.arange(length, device=key.device)
+    queries = keys[length - window :, None]
+    visible = keys <= queries
+    if sliding_window is not None:
+        visible &= keys > queries - sliding_window
+    visible = visible[None, None]
+    counted = None
+    if padding is not None:
+        padding = padding.expand(batch, length)
+        visible = visible & padding[:, None, None, :]
+        counted = padding[:, length - window :]
+    return window_scores(
+        query[:, :, query.shape[2] - window :],
+        key,
+        scale=scale,
+        visible=visible,
+        gqa=rules.gqa,
+        query_valid=counted,
+    )
+
+
+def _checked(
+    query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None
+) -> tuple[int, int, int, int]:
+    check_shape("observe", "query", query, (None, None, None, None))
+    check_shape("observe", "key", key, (query.shape[0], None, None, query.shape[3]))
+    check_like("observe", query, key=key)
+    check_grouped("observe", query.shape[1], key.shape[1])
+    if padding is not None:
+        check_shape(
+            "observe", "padding", padding, (None if padding.shape[0] == 1 else query.shape[0], key.shape[2])
+        )
+        if padding.dtype != torch.bool:
+            raise ValueError(f"observe: padding is {padding.dtype}; expected torch.bool")
+    batch, num_heads, length, dim = key.shape
+    return batch, num_heads, length, dim

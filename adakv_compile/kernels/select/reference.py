@@ -1,0 +1,63 @@
+"""Selection of the entries to keep, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from adakv_compile.kernels._checks import check_shape
+from adakv_compile.policy import Policy, layer_budget, layer_capacity
+from adakv_compile.policy import select as select_entries
+
+__all__ = ["capacity", "pack", "select"]
+
+
+def capacity(
+    policy: Policy, num_heads: int, length: int, sliding_window: int | None, padded: bool
+) -> int:
+    """Return the entries to make room for in a row, the ``N`` of the store; sizes may be symbolic."""
+    if sliding_window is not None:
+        length = torch.sym_min(length, sliding_window - 1)
+    # The upper layers of a pyramid keep a short row whole and less than that of a long one.
+    return num_heads * (layer_capacity if padded else layer_budget)(policy, length)
+
+
+def pack(keep: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a choice into positions, heads back to back, without a data-dependent shape.
+
+    Args:
+        keep: Bool ``[B, H, L]``, at most ``slots`` True in a row of the batch.
+        slots: ``N``.
+
+    Returns:
+        Positions ``[B, N]`` int32, ascending inside a head, 0 in unused slots; offsets ``[B, H + 1]`` int32.
+    """
+    batch, num_heads, length = keep.shape
+    offsets = torch.zeros((batch, num_heads + 1), dtype=torch.int32, device=keep.device)
+    torch.cumsum(keep.sum(-1), -1, dtype=torch.int32, out=offsets[:, 1:])
+    flat = keep.flatten(1)
+    # What is not kept goes to one more slot, which is dropped.
+    slot = torch.where(flat, flat.cumsum(-1) - 1, slots).clamp_(max=slots)
+    position = torch.arange(length, dtype=torch.int32, device=keep.device).repeat(num_heads)
+    positions = torch.zeros((batch, slots + 1), dtype=torch.int32, device=keep.device)
+    positions.scatter_(1, slot, position.expand(batch, -1))
+    return positions[:, :slots].contiguous(), offsets
+
+
+def select(
+    scores: torch.Tensor, padding: torch.Tensor | None, sliding_window: int | None, policy: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return positions and offsets of what is kept; see :mod:`adakv_compile.kernels.select.op`."""
+    check_shape("select", "scores", scores, (None, None, None))
+    batch, num_heads, length = scores.shape
+    rules = Policy.decode(policy)
+    valid = None
+    if padding is not None:
+        if padding.dtype != torch.bool:
+            raise ValueError(f"select: padding is {padding.dtype}; expected torch.bool")
+        check_shape("select", "padding", padding, (None if padding.shape[0] == 1 else batch, length))
+        valid = padding.expand(batch, length)[:, None]
+    if sliding_window is not None and length >= sliding_window:
+        live = torch.arange(length, device=scores.device) > length - sliding_window
+        valid = live.expand(batch, 1, length) if valid is None else valid & live
+    keep = select_entries(rules, scores, valid)
+    return pack(keep, capacity(rules, num_heads, length, sliding_window, padding is not None))
