@@ -101,10 +101,11 @@ def _newest(
     tail, start = key.tail_length, key._start
     waiting = 0 if new_keys is None else new_keys.shape[2]
     room = waiting + extra
-    outgrown = start - store.prefix_length
+    outgrown, floor = start - store.prefix_length, 0
     if tail + room > store.capacity and 2 * outgrown >= tail > 0:
         # Half of the tail has left a sliding window: moving the rest costs no more than growing, and bounds it.
-        store = store.without_oldest(min(start, store.prefix_length + tail), tail, room)
+        floor = min(start, store.prefix_length + tail)
+        store = store.without_oldest(floor, tail, room)
     elif tail != store.tail_length:
         store = store.fork(tail, room)
     else:
@@ -112,9 +113,9 @@ def _newest(
     if new_keys is not None and new_values is not None:
         store.append(new_keys, new_values)
         for view in (key, value):
-            assert view._pending is not None  # both had pending entries
-            if view._pending.entries.shape[2] == waiting:
-                view._pending.store = store
+            pending = view._pending
+            if pending is not None and pending.entries.shape[2] == waiting:
+                pending.store, pending.floor = store, floor
             view._store, view._pending = store, None
     return store
 

@@ -46,10 +46,6 @@ class CompressedKV(torch.Tensor):
     # Class-level defaults: a view made by a decode step sets none of these.
     _store: LayerStore | None = None
     _pending: Pending | None = None
-    _repeat: int = 1
-    """Times each KV head is repeated (grouped-query attention spelled out by the model), in a 4-D view."""
-    _inserted: tuple[int, int] | None = None
-    """``(dim, size)`` of the fifth dimension on the way to a repetition: ``unsqueeze``, ``expand``, ``reshape``."""
 
     # What PyTorch's documentation calls opting out; else Dynamo traces __torch_function__ for every use of the cache.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -69,8 +65,9 @@ class CompressedKV(torch.Tensor):
             CacheError: This tensor has none: it is a compiler's stand-in, or the output of a graph that another
                 backend compiled.
         """
-        if self._pending is not None and self._pending.store is not None:
-            self._store, self._pending = self._pending.store, None
+        pending = self._pending
+        if pending is not None and pending.store is not None and self._start >= pending.floor:
+            self._store, self._pending = pending.store, None
         if self._store is None:
             raise CacheError(
                 f"A CompressedKV of shape {list(self.shape)} holds no entries: a function compiled by another backend"
@@ -147,7 +144,7 @@ class CompressedKV(torch.Tensor):
         Args:
             fill: What stands in the slots that were evicted.
         """
-        from adakv_compile.runtime.eager import densify
+        from adakv_compile.runtime.attention import densify
 
         return densify(self, fill)
 
@@ -172,7 +169,6 @@ class CompressedKV(torch.Tensor):
         store = copy.deepcopy(self.store, memo)
         pending = copy.deepcopy(self._pending, memo)
         copied = make_view(store, self._kind, self._length, self._start, pending)
-        copied._repeat = self._repeat
         memo[id(self)] = copied
         return copied
 
@@ -200,7 +196,7 @@ class CompressedKV(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
-_make_wrapper: Final[Callable[..., CompressedKV]] = torch.Tensor._make_wrapper_subclass  # pyright: ignore
+make_wrapper: Final[Callable[..., Any]] = torch.Tensor._make_wrapper_subclass  # pyright: ignore
 
 
 def make_view(
@@ -209,7 +205,7 @@ def make_view(
     """Return a view of ``store``; a decode step of a 32-layer model makes 64 of these, so nothing is checked."""
     anchor = store.anchor
     shape = (store.batch, store.num_kv_heads, length, store.key_dim if kind == "key" else store.value_dim)
-    view = _make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
+    view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
     view._store = store
     view._kind = kind
@@ -225,7 +221,7 @@ def make_view(
 
 def storeless(anchor: Tensor, shape: Any) -> CompressedKV:
     """Return a view of nothing, which has a shape, a dtype and a device: what a compiler traces with."""
-    view = _make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
+    view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
     return view
 

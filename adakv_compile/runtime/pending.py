@@ -20,14 +20,17 @@ class Pending:
         entries: ``[B, Hkv, T, D]``, detached.
         base: Tail entries of the store in front of them.
         store: The store whose tail holds them by now, or None.
+        floor: Lowest position in that store's tail, which may have released older ones: a view that starts before it
+            doesn't move to that store.
     """
 
-    __slots__ = ("base", "entries", "store")
+    __slots__ = ("base", "entries", "floor", "store")
 
     def __init__(self, entries: Tensor, base: int) -> None:
         self.entries = entries
         self.base = base
         self.store: LayerStore | None = None
+        self.floor = 0
 
     def __deepcopy__(self, memo: dict[int, object]) -> Pending:
         copied = Pending(self.entries.clone(), self.base)

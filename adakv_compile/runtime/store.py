@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adakv_compile.runtime.errors import TailGrowthError
 
-__all__ = ["FIRST_TAIL_CAPACITY", "LayerStore"]
+__all__ = ["FIRST_TAIL_CAPACITY", "LayerStore", "repeat_rows", "take_rows"]
 
 FIRST_TAIL_CAPACITY: Final = 64
 """Tail entries of the first allocation; later ones double."""
@@ -153,6 +153,10 @@ class LayerStore:
         """Follow on the host an append of ``count`` entries that an operation made on the device."""
         self.tail_length += count
 
+    def rewind(self) -> None:
+        """Forget on the device an append that failed half-way, before :meth:`advance`: rewrite the cursor."""
+        self.cursor[0].fill_(self.tail_length)
+
     @torch.no_grad()
     def append(self, new_keys: Tensor, new_values: Tensor) -> None:
         """Append ``[B, Hkv, T, Dk]`` and ``[B, Hkv, T, Dv]`` to the tail, both or neither.
@@ -202,10 +206,17 @@ class LayerStore:
         """
 
         def rows(tensor: Tensor) -> Tensor:
-            # A slice is copied as well: a view would keep the memory of the other rows alive.
-            return tensor[index].clone() if isinstance(index, slice) else tensor.index_select(0, index)
+            return take_rows(tensor, index)
 
-        return self._derive(_Request("rows", index, tail_length), rows, rows)
+        return self._derive("rows", index, tail_length, rows, rows)
+
+    def repeat_rows(self, times: int, *, interleave: bool, tail_length: int | None = None) -> LayerStore:
+        """Return a store of every row ``times`` times: row by row (``interleave``), or all rows over again."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return repeat_rows(tensor, times, interleave=interleave)
+
+        return self._derive("repeat", (times, interleave), tail_length, repeated, repeated)
 
     def to(
         self,
@@ -223,7 +234,7 @@ class LayerStore:
         def indices(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        return self._derive(_Request("to", (device, dtype), tail_length), entries, indices)
+        return self._derive("to", (device, dtype), tail_length, entries, indices)
 
     def truncate(self, length: int) -> LayerStore:
         """Return a store of the first ``length`` positions, inside a prefix from which nothing was evicted.
@@ -314,13 +325,14 @@ class LayerStore:
 
     def _derive(
         self,
-        request: _Request,
+        operation: str,
+        argument: Any,
+        tail_length: int | None,
         entries: Callable[[Tensor], Tensor],
         indices: Callable[[Tensor], Tensor],
     ) -> LayerStore:
         """Return the store whose tensors are those of this one, mapped."""
-        used = self.tail_length if request.tail_length is None else request.tail_length
-        request.tail_length = used
+        used = self.tail_length if tail_length is None else tail_length
 
         def build() -> LayerStore:
             tail = self._roomy_tail(*(entries(part) for part in self._tail_parts(0, used)), 0)
@@ -334,7 +346,7 @@ class LayerStore:
                 self.prefix_length,
             )
 
-        return self._remember(request, build)
+        return self._remember(_Request(operation, argument, used), build)
 
     def _remember(self, request: _Request, build: Callable[[], LayerStore]) -> LayerStore:
         alive = [(past, made) for past, ref in self._derived if (made := ref()) is not None]
@@ -365,7 +377,7 @@ class _Request:
 
     __slots__ = ("argument", "operation", "source", "tail_length", "version")
 
-    def __init__(self, operation: str, argument: Any, tail_length: int | None) -> None:
+    def __init__(self, operation: str, argument: Any, tail_length: int) -> None:
         self.operation = operation
         self.argument = argument
         self.tail_length = tail_length
@@ -392,6 +404,18 @@ class _Request:
             if theirs._version == self.version:
                 return True
         return mine.shape == theirs.shape and torch.equal(mine, theirs)
+
+
+def take_rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
+    """Return rows of a tensor, never a view: it would keep the memory of the other rows alive."""
+    return tensor[index].clone() if isinstance(index, slice) else tensor.index_select(0, index)
+
+
+def repeat_rows(tensor: Tensor, times: int, *, interleave: bool) -> Tensor:
+    """Return every row ``times`` times."""
+    if interleave:
+        return tensor.repeat_interleave(times, dim=0)
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
 def _tail(prefix: Tensor, heads: int, capacity: int) -> Tensor:
