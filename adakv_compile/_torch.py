@@ -5,12 +5,13 @@ Verified on torch 2.13; the names used exist since 2.11.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import TensorifyState
@@ -29,6 +30,7 @@ __all__ = [
     "guards_on",
     "is_fake",
     "mode_patches",
+    "route_generate",
     "specialise_float_inputs",
 ]
 
@@ -81,15 +83,16 @@ def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMo
     return module, mutated, [*signature.parameters, *signature.buffers]
 
 
-def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int) -> torch.SymInt:
-    """Return a new symbolic size that nothing else shares and that is not specialised for 0 or 1.
+def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int, *, at_least_two: bool) -> torch.SymInt:
+    """Return a new symbolic size that nothing else shares.
 
-    Dynamo doesn't know such a size and can't guard on it: see :func:`guards_on`.
+    Dynamo doesn't know such a size and can't guard on it: see :func:`guards_on`. With ``at_least_two`` the compiler may
+    take that for granted, and the caller must make sure of it; without it even 0 and 1 are not told apart.
     """
     env = fake_mode.shape_env
     assert env is not None  # Dynamo's fake mode always has one
     source = ConstantSource(name)
-    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=not at_least_two)
     size = env.create_symintnode(symbol, hint=hint, source=source)
     assert isinstance(size, torch.SymInt)
     return size
@@ -100,6 +103,46 @@ def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[
     env: ShapeEnv | None = fake_mode.shape_env
     ours = {symbol for size in sizes for symbol in free_symbols(size)}
     return [str(guard.expr) for guard in (env.guards if env else ()) if ours & guard.expr.free_symbols]
+
+
+def route_generate(backend: Callable[..., Any]) -> None:
+    """Let ``torch.compile(model, backend="adakv").generate(...)`` run on the compiled model.
+
+    ``torch.compile`` returns a wrapper whose ``generate`` is the original model's bound method, which calls the original,
+    uncompiled model: nothing would be compressed and nothing would say so. PyTorch has no hook for that, so the wrapper
+    class's attribute look-up is extended, for wrappers that carry ``backend`` only: during the call the original module's
+    calls go through the compilation, as ``model.compile`` does it for good.
+    """
+    look_up = OptimizedModule.__getattr__
+
+    @functools.wraps(look_up)
+    def routed(self: OptimizedModule, name: str) -> Any:
+        attribute = look_up(self, name)
+        if name == "generate" and callable(attribute) and _carries(self, backend):
+            return functools.partial(_call_compiled, self, attribute)
+        return attribute
+
+    OptimizedModule.__getattr__ = routed
+
+
+def _carries(module: OptimizedModule, backend: Callable[..., Any]) -> bool:
+    link: Any = getattr(module.dynamo_ctx, "callback", None)
+    while link is not None and getattr(link, "compiler_fn", None) is not backend:
+        link = getattr(link, "_torchdynamo_orig_backend", None)
+    return link is not None
+
+
+def _call_compiled(wrapper: OptimizedModule, method: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    module = wrapper._orig_mod
+    compiled = wrapper.__dict__.get("_adakv_call")
+    if compiled is None:
+        compiled = wrapper.__dict__["_adakv_call"] = wrapper.dynamo_ctx(module._call_impl)
+    before = module._compiled_call_impl
+    module._compiled_call_impl = compiled
+    try:
+        return method(*args, **kwargs)
+    finally:
+        module._compiled_call_impl = before
 
 
 def mode_patches(mode: str) -> dict[str, Any]:

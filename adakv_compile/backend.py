@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from adakv_compile import _torch
 from adakv_compile.options import Options
 from adakv_compile.pipeline import compile_or_leave
 
@@ -37,3 +38,6 @@ def adakv(
         CompilationRefusedError: ``strict`` and an attention with a KV cache could not be compressed.
     """
     return compile_or_leave(gm, example_inputs, Options.parse(mode, options))
+
+
+_torch.route_generate(adakv)

@@ -38,6 +38,9 @@ STORE_TENSORS: Final = (
     "cursor",
 )
 
+_FEWEST_ENTRIES: Final = 2
+"""The compiled graph was made for at least two kept entries, as any size that PyTorch keeps symbolic."""
+
 
 @dataclass(frozen=True, slots=True)
 class Passed:
@@ -159,9 +162,9 @@ def bind(
                 return fallback(*args)
             if key.start and not past.drops_oldest:
                 return fallback(*args)
-            store = join(key, value)
-            if past.appends:
-                store.reserve(past.appends)
+            store = join(key, value, past.appends)
+            if store.keys.shape[1] < _FEWEST_ENTRIES:
+                return fallback(*args)
             stores.append(store)
         before = [(args[past.key].shape[2], args[past.key].start) for past in pasts]
         results = compiled(*[get(args, stores) for get in getters])
@@ -216,7 +219,7 @@ def _make(
     length, start = (0, 0) if output.past is None else before[output.past]
     end = start + length + tokens
     cached = end - start if output.cached is None else output.cached
-    return wrap_prefill(keys, values, offsets, positions, cached, end - cached)
+    return wrap_prefill(keys, values, offsets, positions, end, end - cached)
 
 
 def _grow(

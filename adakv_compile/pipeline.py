@@ -33,8 +33,14 @@ Observer = Callable[[GraphReport], None]
 
 @dataclass
 class _Stages:
-    """Times of the stages of one compilation."""
+    """What is recorded of one compilation.
 
+    Attributes:
+        keep_snapshot: Whether somebody wants the text of the rewritten graph.
+        seconds: Time of each stage.
+    """
+
+    keep_snapshot: bool
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     @contextmanager
@@ -61,7 +67,7 @@ def compile_or_leave(
     Raises:
         CompilationRefusedError: ``options.strict`` and an attention with a KV cache could not be compressed.
     """
-    stages = _Stages()
+    stages = _Stages(keep_snapshot=observer is not None)
     sites: tuple[SiteReport, ...] = ()
     snapshot, nodes, refusal = "", len(gm.graph.nodes), None
     compiled: Callable[..., Any] | None = None
@@ -118,7 +124,7 @@ def _rewrite_and_compile(
         with stages.time("rewrite"):
             rewritten = rewrite(program, plan, example_inputs)
             rewritten.module.meta.update(gm.meta)
-        snapshot = print_graph(rewritten.module.graph)
+        snapshot = print_graph(rewritten.module.graph) if stages.keep_snapshot else ""
         with stages.time("compile"):
             inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, _patches(options))
         _check_unguarded(program, rewritten)

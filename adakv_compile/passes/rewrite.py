@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import fx
 
+import adakv_compile.kernels  # noqa: F401  (registers the operators that are put into the graph)
 from adakv_compile import _torch
 from adakv_compile.call import (
     STORE_TENSORS,
@@ -303,7 +304,7 @@ class _Rewriter:
         value_dim = shape_of(value)[3]
         fake_mode, like = self.program.fake_mode, key.meta["val"]
         entries, capacity = (
-            _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i)
+            _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i, at_least_two=True)
             for i, name in enumerate(("entries", "capacity"))
         )
         self.unguarded.extend((entries, capacity))
@@ -327,7 +328,7 @@ class _Rewriter:
         return index, parts
 
     def _host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
-        size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT)
+        size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT, at_least_two=False)
         self.unguarded.append(size)
         return self._new_input(f"layer_{past}_{name}", StorePart(past, name), size)
 

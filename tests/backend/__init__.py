@@ -1,0 +1,1 @@
+"""The backend as torch.compile calls it."""

@@ -1,0 +1,1 @@
+"""Real model classes, end to end."""
