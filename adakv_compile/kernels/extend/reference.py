@@ -33,7 +33,7 @@ def extended_slots(
     padded: bool,
     evict: bool,
 ) -> int:
-    """Return ``N`` of the new prefix; sizes may be symbolic.
+    """Return ``N`` of the new prefix, at least 2 as in ``capacity``; sizes may be symbolic.
 
     Args:
         policy: ``Policy.encode()``.
@@ -47,9 +47,9 @@ def extended_slots(
     """
     everything = slots + num_heads * fresh
     if not evict:
-        return everything
+        return torch.sym_max(everything, 2)
     budget = capacity(Policy.decode(policy), num_heads, length, sliding_window, padded)
-    return torch.sym_min(budget, everything)
+    return torch.sym_max(torch.sym_min(budget, everything), 2)
 
 
 def extend(

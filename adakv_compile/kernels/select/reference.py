@@ -14,11 +14,16 @@ __all__ = ["capacity", "pack", "select"]
 def capacity(
     policy: Policy, num_heads: int, length: int, sliding_window: int | None, padded: bool
 ) -> int:
-    """Return the entries to make room for in a row, the ``N`` of the store; sizes may be symbolic."""
+    """Return the entries to make room for in a row, the ``N`` of the store; sizes may be symbolic.
+
+    The lower bound of 2 matters only for one KV head that keeps one entry. With it, PyTorch knows that the size is
+    not one of those it specialises on, and adds no guard.
+    """
     if sliding_window is not None:
         length = torch.sym_min(length, sliding_window - 1)
     # The upper layers of a pyramid keep a short row whole and less than that of a long one.
-    return num_heads * (layer_capacity if padded else layer_budget)(policy, length)
+    budget = (layer_capacity if padded else layer_budget)(policy, length)
+    return torch.sym_max(num_heads * budget, 2)
 
 
 def pack(keep: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
