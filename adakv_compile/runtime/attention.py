@@ -42,7 +42,11 @@ def attend(
         CacheMismatchError: Keys and values, or the query, don't belong together.
         TailGrowthError: There is no memory for the new entries.
     """
-    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
+    if (
+        key.shape[:3] != value.shape[:3]
+        or query.shape[0] != key.shape[0]
+        or query.shape[1] % key.shape[1]
+    ):
         raise CacheMismatchError(
             f"Attention of a query {list(query.shape)} over keys {list(key.shape)} and values {list(value.shape)}:"
             " batch and length must agree, and the number of query heads must be a multiple of the KV heads."
@@ -90,7 +94,9 @@ def _gathered(store: LayerStore, start: int) -> tuple[Tensor, Tensor, Tensor, Te
     positions, held = kept_positions(store)
     used = store.tail_length
     first = store.prefix_length
-    appended = torch.arange(first, first + used, device=positions.device).expand(*positions.shape[:2], -1)
+    appended = torch.arange(first, first + used, device=positions.device).expand(
+        *positions.shape[:2], -1
+    )
     slots = torch.cat([positions, appended], dim=2) - start
     held = torch.cat([held, torch.ones_like(appended, dtype=torch.bool)], dim=2) & (slots >= 0)
     keys = torch.cat([_by_head(store, store.keys), store.tail_keys[:, :, :used]], dim=2)
@@ -107,7 +113,9 @@ def _by_head(store: LayerStore, entries: Tensor) -> Tensor:
     index = (starts + torch.arange(longest, device=entries.device)).clamp(max=entries.shape[1] - 1)
     rows = torch.arange(store.batch, device=entries.device)[:, None, None]
     # Padding holds another head's entries, or anything past the row's end: zeros, as 0 * NaN is NaN.
-    return entries[rows, index].masked_fill((starts + torch.arange(longest, device=entries.device) >= ends)[..., None], 0)
+    return entries[rows, index].masked_fill(
+        (starts + torch.arange(longest, device=entries.device) >= ends)[..., None], 0
+    )
 
 
 def _allowed(

@@ -28,17 +28,17 @@ def join(key: Tensor, value: Tensor, extra: int = 0) -> LayerStore:
     """
     # Every decode step comes through here for every layer; the first condition is the common case, whole.
     if type(key) is CompressedKV and type(value) is CompressedKV:
-        store = key._store
+        store = key.backing
         if (
             store is not None
-            and value._store is store
-            and key._pending is None
-            and value._pending is None
-            and key._length == value._length
-            and key._start == value._start
-            and key._kind == "key"
-            and value._kind == "value"
-            and key._start + key._length - store.prefix_length == store.tail_length
+            and value.backing is store
+            and key.waiting is None
+            and value.waiting is None
+            and key.length == value.length
+            and key.start == value.start
+            and key.kind == "key"
+            and value.kind == "value"
+            and key.start + key.length - store.prefix_length == store.tail_length
             and store.tail_length + extra <= store.capacity
         ):
             return store
@@ -59,7 +59,9 @@ def wrap_prefill(
         start: Position of the views' first slot.
     """
     store = LayerStore.sealed(keys, values, offsets, positions, length)
-    return make_view(store, "key", length - start, start), make_view(store, "value", length - start, start)
+    return make_view(store, "key", length - start, start), make_view(
+        store, "value", length - start, start
+    )
 
 
 def wrap_grown(store: LayerStore, length: int, start: int = 0) -> tuple[CompressedKV, CompressedKV]:
@@ -79,7 +81,7 @@ def _join(key: Tensor, value: Tensor, extra: int) -> LayerStore:
     store, value_store = key.store, value.store
     if key.kind != "key" or value.kind != "value":
         raise _mismatch(key, value, "keys and values were exchanged, or one was used twice")
-    if (key._start, key._length) != (value._start, value._length):
+    if (key.start, key.length) != (value.start, value.length):
         raise _mismatch(key, value, "they cover different tokens")
     if store is not value_store:
         raise _mismatch(key, value, "they come from different layers, conversations or devices")
@@ -98,7 +100,7 @@ def _newest(
     extra: int,
 ) -> LayerStore:
     """Return the views' store, forked if it has other views' entries, with pending entries written into it."""
-    tail, start = key.tail_length, key._start
+    tail, start = key.tail_length, key.start
     waiting = 0 if new_keys is None else new_keys.shape[2]
     room = waiting + extra
     outgrown, floor = start - store.prefix_length, 0
@@ -113,10 +115,10 @@ def _newest(
     if new_keys is not None and new_values is not None:
         store.append(new_keys, new_values)
         for view in (key, value):
-            pending = view._pending
+            pending = view.waiting
             if pending is not None and pending.entries.shape[2] == waiting:
                 pending.store, pending.floor = store, floor
-            view._store, view._pending = store, None
+            view.backing, view.waiting = store, None
     return store
 
 

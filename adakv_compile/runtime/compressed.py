@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
-from adakv_compile.runtime.errors import CacheError
+from adakv_compile.runtime.errors import CacheError, UnsupportedCacheOperation
 from adakv_compile.runtime.pending import Pending
 from adakv_compile.runtime.store import LayerStore
 
@@ -37,15 +37,21 @@ class CompressedKV(torch.Tensor):
         kind: Which of its two tensors this is.
         length: Logical length ``L`` in tokens; by default all tokens from ``start`` on.
         start: Position of logical slot 0; above 0 only for sliding-window layers, whose cache drops its oldest slots.
+
+    Attributes:
+        anchor: An empty tensor of this dtype and device: what Dynamo sees inside.
+        kind: ``"key"`` or ``"value"``.
+        start: Position of logical slot 0.
+        length: Logical length ``L``.
     """
 
     anchor: Tensor
-    _kind: Kind
-    _start: int
-    _length: int
-    # Class-level defaults: a view made by a decode step sets none of these.
-    _store: LayerStore | None = None
-    _pending: Pending | None = None
+    kind: Kind
+    start: int
+    length: int
+    # Internal; read `store` and `pending`, which know where waiting entries went in the meantime.
+    backing: LayerStore | None = None
+    waiting: Pending | None = None
 
     # What PyTorch's documentation calls opting out; else Dynamo traces __torch_function__ for every use of the cache.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -65,50 +71,40 @@ class CompressedKV(torch.Tensor):
             CacheError: This tensor has none: it is a compiler's stand-in, or the output of a graph that another
                 backend compiled.
         """
-        pending = self._pending
-        if pending is not None and pending.store is not None and self._start >= pending.floor:
-            self._store, self._pending = pending.store, None
-        if self._store is None:
+        pending = self.waiting
+        if pending is not None and pending.store is not None and self.start >= pending.floor:
+            self.backing, self.waiting = pending.store, None
+        if self.backing is None:
             raise CacheError(
                 f"A CompressedKV of shape {list(self.shape)} holds no entries: a function compiled by another backend"
                 " returned it. Compile what handles the cache with backend='adakv', or leave it in eager mode."
             )
-        return self._store
-
-    @property
-    def kind(self) -> Kind:
-        """``"key"`` or ``"value"``."""
-        return self._kind
-
-    @property
-    def start(self) -> int:
-        """Position of logical slot 0."""
-        return self._start
+        return self.backing
 
     @property
     def tail_length(self) -> int:
         """Entries of the store's tail that this view sees, without those still pending."""
-        seen = self._start + self._length - self.store.prefix_length
-        return seen if self._pending is None else min(seen, self._pending.base)
+        seen = self.start + self.length - self.store.prefix_length
+        return seen if self.waiting is None else min(seen, self.waiting.base)
 
     @property
     def pending(self) -> Tensor | None:
         """``[B, Hkv, T, D]`` entries appended in eager mode and not yet in the store, or None."""
         base = self.store.prefix_length  # settles what was written meanwhile
-        if self._pending is None:
+        if self.waiting is None:
             return None
-        count = self._start + self._length - base - self._pending.base
-        return self._pending.entries[:, :, :count] if count > 0 else None
+        count = self.start + self.length - base - self.waiting.base
+        return self.waiting.entries[:, :, :count] if count > 0 else None
 
     @property
     def head_lengths(self) -> Tensor:
         """``[B, Hkv]`` int64: entries of each head that can be attended to, kept ones and appended ones."""
         store = self.store
-        appended = self._start + self._length - max(store.prefix_length, self._start)
-        if self._start == 0:
+        appended = self.start + self.length - max(store.prefix_length, self.start)
+        if self.start == 0:
             return store.offsets.diff(dim=1).to(torch.int64) + appended
         positions, valid = kept_positions(store)
-        return (valid & (positions >= self._start)).sum(-1) + appended
+        return (valid & (positions >= self.start)).sum(-1) + appended
 
     def positions(self, batch: int, head: int) -> Tensor:
         """Return ``[n]`` int64: the logical slots, in ascending order, that a head of a row still holds.
@@ -120,17 +116,21 @@ class CompressedKV(torch.Tensor):
         store = self.store
         first, last = (int(bound) for bound in store.offsets[batch, head : head + 2])
         kept = store.positions[batch, first:last].to(torch.int64)
-        end = self._start + self._length
+        end = self.start + self.length
         tail = torch.arange(store.prefix_length, end, device=kept.device)
-        slots = torch.cat([kept, tail]) - self._start
+        slots = torch.cat([kept, tail]) - self.start
         return slots[slots >= 0]
 
     @property
     def nbytes_held(self) -> int:
         """Bytes of this tensor's own entries, tail allocation included, plus half of what K and V share."""
         store = self.store
-        own = (store.keys, store.tail_keys) if self._kind == "key" else (store.values, store.tail_values)
-        waiting = 0 if self._pending is None else self._pending.entries.nbytes
+        own = (
+            (store.keys, store.tail_keys)
+            if self.kind == "key"
+            else (store.values, store.tail_values)
+        )
+        waiting = 0 if self.waiting is None else self.waiting.entries.nbytes
         return own[0].nbytes + own[1].nbytes + store.bookkeeping_bytes // 2 + waiting
 
     @property
@@ -150,31 +150,66 @@ class CompressedKV(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         shape = f"shape={list(self.shape)}, dtype={self.dtype}, device={self.device}"
-        if self._store is None:
+        if self.backing is None:
             return f"CompressedKV({shape}, no entries)"
         store = self.store
-        kept = f"kept={store.keys.shape[1]}, appended={self._start + self._length - store.prefix_length}"
-        return f"CompressedKV({self._kind}, {shape}, start={self._start}, {kept})"
+        kept = (
+            f"kept={store.keys.shape[1]}, appended={self.start + self.length - store.prefix_length}"
+        )
+        return f"CompressedKV({self.kind}, {shape}, start={self.start}, {kept})"
+
+    # Ways around __torch_dispatch__ to memory that doesn't exist
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UnsupportedCacheOperation(
+            f"{what} of {self!r}: most of this tensor was evicted and has no memory. Take .dense() of it."
+        )
+
+    def numpy(self, *, force: bool = False) -> NoReturn:
+        """Refuse: there is no array of this shape."""
+        self._refuse("numpy()")
+
+    def tolist(self) -> NoReturn:
+        """Refuse: there are no such values."""
+        self._refuse("tolist()")
+
+    def data_ptr(self) -> NoReturn:
+        """Refuse: there is no memory of this shape."""
+        self._refuse("data_ptr()")
+
+    def __dlpack__(self, *args: object, **kwargs: object) -> NoReturn:
+        self._refuse("__dlpack__()")
+
+    @property
+    def data(self) -> Tensor:
+        """The same entries, detached; can't be assigned."""
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        self._refuse("Assignment to .data")
 
     # Copying
 
     def like(self, store: LayerStore, pending: Tensor | None) -> CompressedKV:
         """Return this view over another store with the same positions, and other pending entries."""
         waiting = None if pending is None else Pending(pending, self.tail_length)
-        return make_view(store, self._kind, self._length, self._start, waiting)
+        return make_view(store, self.kind, self.length, self.start, waiting)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKV:
         if id(self) in memo:
             return memo[id(self)]
         store = copy.deepcopy(self.store, memo)
-        pending = copy.deepcopy(self._pending, memo)
-        copied = make_view(store, self._kind, self._length, self._start, pending)
+        pending = copy.deepcopy(self.waiting, memo)
+        copied = make_view(store, self.kind, self.length, self.start, pending)
         memo[id(self)] = copied
         return copied
 
-    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
+    def __reduce_ex__(
+        self, protocol: object
+    ) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
         store, pending = self.store, self.pending
-        return _unpickle, (store, self._kind, self._length, self._start, pending, self.tail_length)
+        return _unpickle, (store, self.kind, self.length, self.start, pending, self.tail_length)
 
     # Dynamo's protocol for tensor subclasses
 
@@ -204,18 +239,23 @@ def make_view(
 ) -> CompressedKV:
     """Return a view of ``store``; a decode step of a 32-layer model makes 64 of these, so nothing is checked."""
     anchor = store.anchor
-    shape = (store.batch, store.num_kv_heads, length, store.key_dim if kind == "key" else store.value_dim)
+    shape = (
+        store.batch,
+        store.num_kv_heads,
+        length,
+        store.key_dim if kind == "key" else store.value_dim,
+    )
     view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
-    view._store = store
-    view._kind = kind
-    view._start = start
-    view._length = length
+    view.backing = store
+    view.kind = kind
+    view.start = start
+    view.length = length
     # What torch._dynamo.maybe_mark_dynamic(view, 2) writes: one graph serves all lengths from the first one on.
     view._dynamo_weak_dynamic_indices = {_SEQUENCE_DIM}
     view._has_dynamo_dim_marking = True
     if pending is not None:
-        view._pending = pending
+        view.waiting = pending
     return view
 
 
@@ -241,4 +281,6 @@ def kept_positions(store: LayerStore) -> tuple[Tensor, Tensor]:
 def _unpickle(
     store: LayerStore, kind: Kind, length: int, start: int, pending: Tensor | None, base: int
 ) -> CompressedKV:
-    return make_view(store, kind, length, start, None if pending is None else Pending(pending, base))
+    return make_view(
+        store, kind, length, start, None if pending is None else Pending(pending, base)
+    )

@@ -43,7 +43,9 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return _attention(func, args, kwargs)
     handler = (_ON_REPEATED if isinstance(first, RepeatedKV) else _ON_VIEW).get(func)
     if handler is None:
-        result = func.decompose(*args, **kwargs)  # NotImplemented unless it is composed of other operations
+        result = func.decompose(
+            *args, **kwargs
+        )  # NotImplemented unless it is composed of other operations
     elif isinstance(first, CompressedKV) or handler is _cat:
         result = handler(*args, **kwargs)
     else:
@@ -76,7 +78,9 @@ def _traced(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(value, CompressedKV):
             if not is_fake(value.anchor):
                 # AOTAutograd traces so, and what it traces is run: on tensors that nobody filled.
-                raise _unsupported(func, value, "in a graph compiled by another backend than 'adakv'")
+                raise _unsupported(
+                    func, value, "in a graph compiled by another backend than 'adakv'"
+                )
             return value.anchor.new_empty(value.shape)
         if isinstance(value, (list, tuple)):
             return [dense(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
@@ -88,7 +92,9 @@ def _traced(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 # Refusals
 
 
-def _unsupported(func: Any, view: CompressedKV, where: str = "in eager mode") -> UnsupportedCacheOperation:
+def _unsupported(
+    func: Any, view: CompressedKV, where: str = "in eager mode"
+) -> UnsupportedCacheOperation:
     advice = (
         "compile the code that does this with backend='adakv', use attn_implementation='sdpa' (under"
         " torch.inference_mode() if PyTorch picks its composed attention), or take .dense() of the cache"
@@ -110,12 +116,21 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     # Caches start from torch.tensor([]), which torch.cat ignores for historical reasons.
     tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
     view, new = tensors[0], tensors[1:]
-    if type(view) is not CompressedKV or _dim(dim) != 2 or any(isinstance(item, CompressedKV) for item in new):
+    if (
+        type(view) is not CompressedKV
+        or _dim(dim) != 2
+        or any(isinstance(item, CompressedKV) for item in new)
+    ):
         return NotImplemented
     wanted = (*view.shape[:2], view.shape[3])
     for item in new:
         given = (*item.shape[:2], *item.shape[3:])
-        if item.dim() != 4 or given != wanted or item.dtype != view.dtype or item.device != view.device:
+        if (
+            item.dim() != 4
+            or given != wanted
+            or item.dtype != view.dtype
+            or item.device != view.device
+        ):
             raise CacheMismatchError(
                 f"cat of {view!r} with new entries of shape {list(item.shape)}, {item.dtype}, {item.device}: they must"
                 " have the cache's batch, heads, head dimension, dtype and device. Was the cache made by another model?"
@@ -134,7 +149,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _same(self: CompressedKV, **_: Any) -> CompressedKV:
-    return make_view(self.store, self.kind, self.shape[2], self.start, self._pending)
+    return make_view(self.store, self.kind, self.shape[2], self.start, self.waiting)
 
 
 def _to_copy(
@@ -160,7 +175,7 @@ def _to_copy(
 
 def _zero(self: CompressedKV) -> CompressedKV:
     # A cache is zeroed to be used again from the beginning. Zero keys would still get attention; no entries get none.
-    self._store, self._pending = self.store.emptied(self.start + self.shape[2]), None
+    self.backing, self.waiting = self.store.emptied(self.start + self.shape[2]), None
     return self
 
 
@@ -214,7 +229,11 @@ def _split(self: CompressedKV, split_size: int | Sequence[int], dim: int = 0) ->
 
 
 def _slice(
-    self: CompressedKV, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    self: CompressedKV,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> Any:
     dim = _dim(dim)
     low, high, _ = slice(start, end, step).indices(self.shape[dim])
@@ -231,7 +250,7 @@ def _crop(view: CompressedKV, low: int, high: int) -> CompressedKV:
     """Keep the logical slots ``low`` to ``high``."""
     store, start, end = view.store, view.start + low, view.start + high
     if end >= store.prefix_length:
-        pending = view._pending
+        pending = view.waiting
         if pending is not None and end <= store.prefix_length + pending.base:
             pending = None
         return make_view(store, view.kind, high - low, start, pending)
@@ -255,20 +274,32 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     query, key, value = given["query"], given["key"], given["value"]
-    if isinstance(query, CompressedKV) or not isinstance(key, CompressedKV) or not isinstance(value, CompressedKV):
+    if (
+        isinstance(query, CompressedKV)
+        or not isinstance(key, CompressedKV)
+        or not isinstance(value, CompressedKV)
+    ):
         raise CacheMismatchError(
             "Attention over keys and values of which only one is compressed, or with a compressed query: keys"
             f" {key!r}, values of shape {list(value.shape)}. Pass the cache that the model returned, unmixed."
         )
     mask = given.get("attn_mask", given.get("attn_bias"))
     out = attend(
-        query, key, value, mask, given.get("dropout_p", 0.0), given.get("is_causal", False), given.get("scale")
+        query,
+        key,
+        value,
+        mask,
+        given.get("dropout_p", 0.0),
+        given.get("is_causal", False),
+        given.get("scale"),
     )
     returns = func._schema.returns
     if len(returns) == 1:
         return out
     # The others (log-sum-exp, random state) are for a backward, which fails on the compressed keys in any case.
-    rest = [query.new_empty(0) if isinstance(kind.type, torch.TensorType) else 0 for kind in returns[1:]]
+    rest = [
+        query.new_empty(0) if isinstance(kind.type, torch.TensorType) else 0 for kind in returns[1:]
+    ]
     return (out, *rest)
 
 

@@ -43,7 +43,11 @@ def expand(view: RepeatedKV, size: Sequence[int]) -> Any:
     dim = view.inserted
     if dim is None or view.times != 1 or len(size) != 5:
         return NotImplemented
-    same = all(new in (-1, old) for at, (new, old) in enumerate(zip(size, view.shape, strict=True)) if at != dim)
+    same = all(
+        new in (-1, old)
+        for at, (new, old) in enumerate(zip(size, view.shape, strict=True))
+        if at != dim
+    )
     return _make(view.base, max(size[dim], 1), dim) if same and size[dim] != 0 else NotImplemented
 
 
@@ -58,7 +62,11 @@ def merge_dims(view: RepeatedKV, size: Sequence[int]) -> Any:
     if view.inserted is None:
         return view if size == list(view.shape) else NotImplemented
     if view.inserted == 2:
-        return _make(base, times, None) if size == [batch, heads * times, length, dim] else NotImplemented
+        return (
+            _make(base, times, None)
+            if size == [batch, heads * times, length, dim]
+            else NotImplemented
+        )
     if size != [batch * times, heads, length, dim]:
         return NotImplemented
     return repeat_batch(base, times, interleave=view.inserted == 1)
@@ -87,6 +95,6 @@ def _make(base: CompressedKV, times: int, inserted: int | None) -> RepeatedKV:
     view = make_wrapper(RepeatedKV, torch.Size(shape), dtype=base.dtype, device=base.device)
     view.anchor = base.anchor
     view.base, view.times, view.inserted = base, times, inserted
-    view._store, view._pending = base._store, base._pending
-    view._kind, view._start, view._length = base.kind, base.start, base.length
+    view.backing, view.waiting = base.backing, base.waiting
+    view.kind, view.start, view.length = base.kind, base.start, base.length
     return view

@@ -210,7 +210,9 @@ class LayerStore:
 
         return self._derive("rows", index, tail_length, rows, rows)
 
-    def repeat_rows(self, times: int, *, interleave: bool, tail_length: int | None = None) -> LayerStore:
+    def repeat_rows(
+        self, times: int, *, interleave: bool, tail_length: int | None = None
+    ) -> LayerStore:
         """Return a store of every row ``times`` times: row by row (``interleave``), or all rows over again."""
 
         def repeated(tensor: Tensor) -> Tensor:
@@ -250,7 +252,9 @@ class LayerStore:
             return by_head[:, :, :length].flatten(1, 2)
 
         def build() -> LayerStore:
-            heads = torch.arange(self.num_kv_heads + 1, dtype=torch.int32, device=self.offsets.device)
+            heads = torch.arange(
+                self.num_kv_heads + 1, dtype=torch.int32, device=self.offsets.device
+            )
             offsets = (heads * length).expand(self.batch, -1).contiguous()
             return LayerStore.sealed(
                 cut(self.keys), cut(self.values), offsets, cut(self.positions), length
@@ -310,7 +314,15 @@ class LayerStore:
     ) -> LayerStore:
         cursor = _cursor(tail_length, prefix_length, keys.device)
         return LayerStore(
-            keys, values, offsets, positions, tail_keys, tail_values, cursor, tail_length, prefix_length
+            keys,
+            values,
+            offsets,
+            positions,
+            tail_keys,
+            tail_values,
+            cursor,
+            tail_length,
+            prefix_length,
         )
 
     def _tail_parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
