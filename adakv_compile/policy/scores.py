@@ -88,9 +88,22 @@ def pool_scores(scores: torch.Tensor, *, kind: Pool, kernel_size: int) -> torch.
     Returns:
         Float ``[B, H, L]``.
     """
-    if kind == "max":
-        return functional.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
-    return functional.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    # Shifted slices rather than a pooling operator: max_pool1d specialises a symbolic length, and
+    # here a sum has one order wherever its window lies, so padding cannot change a bit of it.
+    reach, length = kernel_size // 2, scores.shape[-1]
+    if kind == "avg":
+        padded = functional.pad(scores, (reach, reach))
+        total = padded[..., :length]
+        for shift in range(1, kernel_size):
+            total = total + padded[..., shift : shift + length]
+        return total / kernel_size
+    pooled = functional.pad(scores, (reach, reach), value=-torch.inf)
+    width = 1
+    while width < kernel_size:
+        step = min(width, kernel_size - width)
+        pooled = torch.maximum(pooled[..., :-step], pooled[..., step:])
+        width += step
+    return pooled
 
 
 def _block_scores(

@@ -97,7 +97,7 @@ def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Return the ``counts`` largest keys along the last dimension, ties to the lower index.
 
     A radix selection: four histograms of eight bits each. On CPU it is several times as fast as
-    sorting, and unlike ``topk`` it takes another count for every row without reading it on the host.
+    sorting, and unlike ``topk`` it takes every row's own count without reading it on the host.
 
     Args:
         keys: Int32 ``[..., N]``.
