@@ -134,10 +134,9 @@ def _rewrite_and_compile(
 
 
 def _mentions_attention(gm: fx.GraphModule) -> bool:
-    """Whether capturing can pay: only graphs that call an attention are looked at."""
-    return any(
-        node.op == "call_function" and "scaled_dot_product_attention" in str(node.target) for node in gm.graph.nodes
-    )
+    """Whether capturing can pay: only graphs that call an attention or a softmax are looked at."""
+    calls = (str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
+    return any("attention" in call or "softmax" in call for call in calls)
 
 
 def _unread_pasts(program: Program, plan: Plan) -> bool:

@@ -9,12 +9,15 @@ from typing import Final
 import torch
 from torch import fx
 
-from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, static_int
+from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, source_line, static_int
 from adakv_compile.report import Reason, Refusal
 
 __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 
 aten = torch.ops.aten
+_SOFTMAXES: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_PRODUCTS: Final = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_PASSED_ON: Final = (aten._to_copy.default, aten.dropout.default, aten.expand.default, aten.view.default, aten.reshape.default)
 _VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -70,9 +73,30 @@ class Unsupported:
 
 
 def find_attention(graph: fx.Graph) -> tuple[AttentionSite | Unsupported, ...]:
-    """Return the attentions of a captured graph, in order; the graph is only read."""
-    nodes = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-    return tuple(_understand(node) for node in nodes)
+    """Return the attentions of a captured graph, in order; the graph is only read.
+
+    A softmax whose result is multiplied with another tensor is an attention spelled out, which is not rewritten: it is
+    returned as unsupported, so that nobody believes it to be compressed.
+    """
+    found: list[AttentionSite | Unsupported] = []
+    for node in graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            found.append(_understand(node))
+        elif node.target in _SOFTMAXES and _is_weights(node):
+            found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, "", source_line(node))))
+    return tuple(found)
+
+
+def _is_weights(softmax: fx.Node) -> bool:
+    """Whether a softmax is multiplied with something, perhaps after casts and dropout in evaluation mode."""
+    pending = list(softmax.users)
+    while pending:
+        user = pending.pop()
+        if user.target in _PRODUCTS:
+            return True
+        if skip_no_ops(user) is softmax or user.target in _PASSED_ON:
+            pending.extend(user.users)
+    return False
 
 
 def _understand(node: fx.Node) -> AttentionSite | Unsupported:

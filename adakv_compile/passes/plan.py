@@ -11,7 +11,7 @@ from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update
-from adakv_compile.passes.masks import MaskKind, MaskProof, MaskProver, PaddingFact
+from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, shape_of, source_line, static_int
 from adakv_compile.report import Reason, Refusal, SiteReport
 
@@ -125,9 +125,7 @@ def _decide(
     assert isinstance(key, CacheUpdate) and isinstance(value, CacheUpdate)
     if mismatch := _mismatch(key, value):
         return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
-    proof = prover.prove_mask(
-        site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length
-    )
+    proof = prover.prove(site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length)
     one_token = static_int(site.query_length) == 1
     if not key.compressed:
         if key.past is not None and one_token:
@@ -157,24 +155,16 @@ def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
     return ""
 
 
-def _is_causal_here(site: AttentionSite, proof: MaskProof) -> bool:
-    """Whether every new token sees itself and what came before it (within a window), and nothing else."""
-    if proof.is_self_causal(site.query_length, site.key_length):
-        return True
-    return proof.kind is MaskKind.FULL and static_int(site.query_length) == 1
-
-
 def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
-    where = source_line(site.mask) if site.mask is not None else source_line(site.node)
-    if proof.kind is MaskKind.UNPROVEN:
-        return Refusal(Reason.MASK_UNPROVEN, proof.reason or "", where)
-    return Refusal(Reason.MASK_NOT_CAUSAL, f"it is {proof.describe()}", where)
+    where = proof.where or source_line(site.node)
+    detail = proof.why_not_self_causal(site.query_length, site.key_length) or ""
+    return Refusal(Reason.MASK_NOT_CAUSAL if proof.proved else Reason.MASK_UNPROVEN, detail, where)
 
 
 def _mask_of_prefill(
     site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options
 ) -> MaskUse | Refusal:
-    if not _is_causal_here(site, proof):
+    if not proof.is_self_causal(site.query_length, site.key_length):
         return _refuse_mask(site, proof)
     window = static_int(proof.window)
     if proof.window is not None and window is None:
@@ -188,7 +178,8 @@ def _mask_of_prefill(
 
 def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) -> MaskUse | Refusal:
     window = static_int(proof.window)
-    if _is_causal_here(site, proof) and (proof.window is None or window is not None):
+    causal = proof.is_self_causal(site.query_length, site.key_length)
+    if causal and (proof.window is None or window is not None):
         # A sliding cache has dropped entries that are still stored; something must tell their columns.
         columns = update.is_sliding and proof.padding is None and window is None
         return MaskUse(proof, padding=proof.padding, sliding_window=window, columns=columns)
@@ -202,9 +193,9 @@ def _describe(planned: PlannedSite) -> SiteReport:
     heads = f"{site.num_heads} query heads on {site.num_kv_heads} KV heads"
     shape = f"{heads}, head dim {shape_of(site.key)[3]}, {site.query_length} of {site.key_length} tokens new"
     if mask.lookup is not None:
-        text = "looked up at the kept positions (" + (mask.proof.reason or mask.proof.describe()) + ")"
+        text = f"looked up at the kept positions ({mask.proof})"
     else:
-        text = f"proved {mask.proof.describe()}"
+        text = f"proved: {mask.proof}"
     past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
     return SiteReport(

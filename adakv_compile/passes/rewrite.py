@@ -27,8 +27,8 @@ from adakv_compile.call import (
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.cache import CacheUpdate
-from adakv_compile.passes.masks import PaddingFact
 from adakv_compile.passes.nodes import same_size, shape_of, static_int
+from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.plan import Action, Plan, PlannedSite
 
 __all__ = ["Rewritten", "rewrite"]
@@ -110,7 +110,7 @@ class _Rewriter:
         key, value = (self._without_empty_past(update) for update in (planned.key, planned.value))
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
         with self.graph.inserting_before(site.node.next):
-            padding = self._padding(mask.padding, shape_of(planned.key.cached)[2], site.key_length)
+            padding = self._padding(planned, shape_of(planned.key.cached)[2])
             scores = self._call(
                 torch.ops.adakv.observe_v1.default,
                 (site.query, key, padding, site.scale, mask.sliding_window, policy),
@@ -201,19 +201,22 @@ class _Rewriter:
         update.whole.replace_all_uses_with(update.new)
         return update.new if update.cached is update.whole else update.cached
 
-    def _padding(
-        self, fact: PaddingFact | None, kept: int | torch.SymInt, columns: int | torch.SymInt
-    ) -> fx.Node | None:
-        """Emit padding as ``[B, kept]`` booleans, ``True`` for real tokens, for the newest ``kept`` columns."""
+    def _padding(self, planned: PlannedSite, kept: int | torch.SymInt) -> fx.Node | None:
+        """Emit the padding of the newest ``kept`` columns, if there is any."""
+        fact = planned.mask.padding
         if fact is None:
             return None
-        return fact.emit(self.graph, self.program.fake_mode, columns - kept, kept)
+
+        def emit(target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+            return self._call(target, args, like=planned.site.node)
+
+        return emit_padding(fact, emit, planned.site.key_length, kept)
 
     def _columns(self, planned: PlannedSite) -> fx.Node | None:
         """Emit the padding of all columns; a sliding cache without one still needs its columns told apart."""
         columns = planned.site.key_length
         if not planned.mask.columns:
-            return self._padding(planned.mask.padding, columns, columns)
+            return self._padding(planned, columns)
         batch, device = shape_of(planned.site.query)[0], planned.site.query.meta["val"].device
         node = self.graph.call_function(
             aten.ones.default,
