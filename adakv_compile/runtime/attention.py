@@ -42,11 +42,7 @@ def attend(
         CacheMismatchError: Keys and values, or the query, don't belong together.
         TailGrowthError: There is no memory for the new entries.
     """
-    if (
-        key.shape[:3] != value.shape[:3]
-        or query.shape[0] != key.shape[0]
-        or query.shape[1] % key.shape[1]
-    ):
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[1] % key.shape[1]:
         raise CacheMismatchError(
             f"Attention of a query {list(query.shape)} over keys {list(key.shape)} and values {list(value.shape)}:"
             " batch and length must agree, and the number of query heads must be a multiple of the KV heads."
@@ -59,9 +55,7 @@ def attend(
         return query.new_zeros(*query.shape[:3], value.shape[3])
     group = query.shape[1] // store.num_kv_heads
     allowed = _allowed(query, slots, held, mask, is_causal, group, key.shape[2])
-    return F.scaled_dot_product_attention(
-        query, keys, values, allowed, dropout, scale=scale, enable_gqa=group > 1
-    )
+    return F.scaled_dot_product_attention(query, keys, values, allowed, dropout, scale=scale, enable_gqa=group > 1)
 
 
 def densify(view: CompressedKV, fill: float) -> tuple[Tensor, Tensor]:
@@ -94,9 +88,7 @@ def _gathered(store: LayerStore, start: int) -> tuple[Tensor, Tensor, Tensor, Te
     positions, held = kept_positions(store)
     used = store.tail_length
     first = store.prefix_length
-    appended = torch.arange(first, first + used, device=positions.device).expand(
-        *positions.shape[:2], -1
-    )
+    appended = torch.arange(first, first + used, device=positions.device).expand(*positions.shape[:2], -1)
     slots = torch.cat([positions, appended], dim=2) - start
     held = torch.cat([held, torch.ones_like(appended, dtype=torch.bool)], dim=2) & (slots >= 0)
     keys = torch.cat([_by_head(store, store.keys), store.tail_keys[:, :, :used]], dim=2)

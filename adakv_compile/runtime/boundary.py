@@ -59,9 +59,7 @@ def wrap_prefill(
         start: Position of the views' first slot.
     """
     store = LayerStore.sealed(keys, values, offsets, positions, length)
-    return make_view(store, "key", length - start, start), make_view(
-        store, "value", length - start, start
-    )
+    return make_view(store, "key", length - start, start), make_view(store, "value", length - start, start)
 
 
 def wrap_grown(store: LayerStore, length: int, start: int = 0) -> tuple[CompressedKV, CompressedKV]:

@@ -53,12 +53,11 @@ class CompressedKV(torch.Tensor):
     backing: LayerStore | None = None
     waiting: Pending | None = None
 
-    # What PyTorch's documentation calls opting out; else Dynamo traces __torch_function__ for every use of the cache.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    # Opted out, else Dynamo traces __torch_function__ for every use of the cache.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
 
-    def __new__(
-        cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0
-    ) -> CompressedKV:
+    def __new__(cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0) -> CompressedKV:
+        """Return a view of ``store``; see the class."""
         return make_view(store, kind, store.length - start if length is None else length, start)
 
     # What a user may ask
@@ -125,11 +124,7 @@ class CompressedKV(torch.Tensor):
     def nbytes_held(self) -> int:
         """Bytes of this tensor's own entries, tail allocation included, plus half of what K and V share."""
         store = self.store
-        own = (
-            (store.keys, store.tail_keys)
-            if self.kind == "key"
-            else (store.values, store.tail_values)
-        )
+        own = (store.keys, store.tail_keys) if self.kind == "key" else (store.values, store.tail_values)
         waiting = 0 if self.waiting is None else self.waiting.entries.nbytes
         return own[0].nbytes + own[1].nbytes + store.bookkeeping_bytes // 2 + waiting
 
@@ -153,9 +148,7 @@ class CompressedKV(torch.Tensor):
         if self.backing is None:
             return f"CompressedKV({shape}, no entries)"
         store = self.store
-        kept = (
-            f"kept={store.keys.shape[1]}, appended={self.start + self.length - store.prefix_length}"
-        )
+        kept = f"kept={store.keys.shape[1]}, appended={self.start + self.length - store.prefix_length}"
         return f"CompressedKV({self.kind}, {shape}, start={self.start}, {kept})"
 
     # Ways around __torch_dispatch__ to memory that doesn't exist
@@ -205,9 +198,7 @@ class CompressedKV(torch.Tensor):
         memo[id(self)] = copied
         return copied
 
-    def __reduce_ex__(
-        self, protocol: object
-    ) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
         store, pending = self.store, self.pending
         return _unpickle, (store, self.kind, self.length, self.start, pending, self.tail_length)
 
@@ -231,7 +222,7 @@ class CompressedKV(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
-make_wrapper: Final[Callable[..., Any]] = torch.Tensor._make_wrapper_subclass  # pyright: ignore
+make_wrapper: Final[Callable[..., Any]] = torch.Tensor._make_wrapper_subclass  # pyright: ignore[reportPrivateUsage]
 
 
 def make_view(
@@ -281,6 +272,4 @@ def kept_positions(store: LayerStore) -> tuple[Tensor, Tensor]:
 def _unpickle(
     store: LayerStore, kind: Kind, length: int, start: int, pending: Tensor | None, base: int
 ) -> CompressedKV:
-    return make_view(
-        store, kind, length, start, None if pending is None else Pending(pending, base)
-    )
+    return make_view(store, kind, length, start, None if pending is None else Pending(pending, base))

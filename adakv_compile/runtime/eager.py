@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -43,9 +44,7 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return _attention(func, args, kwargs)
     handler = (_ON_REPEATED if isinstance(first, RepeatedKV) else _ON_VIEW).get(func)
     if handler is None:
-        result = func.decompose(
-            *args, **kwargs
-        )  # NotImplemented unless it is composed of other operations
+        result = func.decompose(*args, **kwargs)  # NotImplemented unless it is composed of other operations
     elif isinstance(first, CompressedKV) or handler is _cat:
         result = handler(*args, **kwargs)
     else:
@@ -78,9 +77,7 @@ def _traced(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if isinstance(value, CompressedKV):
             if not is_fake(value.anchor):
                 # AOTAutograd traces so, and what it traces is run: on tensors that nobody filled.
-                raise _unsupported(
-                    func, value, "in a graph compiled by another backend than 'adakv'"
-                )
+                raise _unsupported(func, value, "in a graph compiled by another backend than 'adakv'")
             return value.anchor.new_empty(value.shape)
         if isinstance(value, (list, tuple)):
             return [dense(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
@@ -92,9 +89,7 @@ def _traced(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 # Refusals
 
 
-def _unsupported(
-    func: Any, view: CompressedKV, where: str = "in eager mode"
-) -> UnsupportedCacheOperation:
+def _unsupported(func: Any, view: CompressedKV, where: str = "in eager mode") -> UnsupportedCacheOperation:
     advice = (
         "compile the code that does this with backend='adakv', use attn_implementation='sdpa' (under"
         " torch.inference_mode() if PyTorch picks its composed attention), or take .dense() of the cache"
@@ -116,21 +111,12 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
     # Caches start from torch.tensor([]), which torch.cat ignores for historical reasons.
     tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
     view, new = tensors[0], tensors[1:]
-    if (
-        type(view) is not CompressedKV
-        or _dim(dim) != 2
-        or any(isinstance(item, CompressedKV) for item in new)
-    ):
+    if type(view) is not CompressedKV or _dim(dim) != 2 or any(isinstance(item, CompressedKV) for item in new):
         return NotImplemented
     wanted = (*view.shape[:2], view.shape[3])
     for item in new:
         given = (*item.shape[:2], *item.shape[3:])
-        if (
-            item.dim() != 4
-            or given != wanted
-            or item.dtype != view.dtype
-            or item.device != view.device
-        ):
+        if item.dim() != 4 or given != wanted or item.dtype != view.dtype or item.device != view.device:
             raise CacheMismatchError(
                 f"cat of {view!r} with new entries of shape {list(item.shape)}, {item.dtype}, {item.device}: they must"
                 " have the cache's batch, heads, head dimension, dtype and device. Was the cache made by another model?"
@@ -222,7 +208,7 @@ def _split(self: CompressedKV, split_size: int | Sequence[int], dim: int = 0) ->
     bounds = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
     if bounds[-1] != rows:
         return NotImplemented
-    return [_rows(self, slice(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [_rows(self, slice(low, high)) for low, high in pairwise(bounds)]
 
 
 # Slices
@@ -261,8 +247,8 @@ def _crop(view: CompressedKV, low: int, high: int) -> CompressedKV:
     removed, crops = view.shape[2] - high, view.start + view.shape[2] - store.prefix_length
     raise CropError(
         f"Removing the newest {removed} tokens from {view!r}: only the {crops} tokens appended since the last eviction"
-        f" can be removed, as of the {store.prefix_length} before them some entries no longer exist. Remove fewer tokens,"
-        " deepcopy the cache before going past the point to return to, or run the shorter prompt again."
+        f" can be removed, because some entries of the {store.prefix_length} before them no longer exist. Remove fewer"
+        " tokens, deepcopy the cache before going past the point to return to, or run the shorter prompt again."
     )
 
 
@@ -274,11 +260,7 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | dict(kwargs)
     query, key, value = given["query"], given["key"], given["value"]
-    if (
-        isinstance(query, CompressedKV)
-        or not isinstance(key, CompressedKV)
-        or not isinstance(value, CompressedKV)
-    ):
+    if isinstance(query, CompressedKV) or not isinstance(key, CompressedKV) or not isinstance(value, CompressedKV):
         raise CacheMismatchError(
             "Attention over keys and values of which only one is compressed, or with a compressed query: keys"
             f" {key!r}, values of shape {list(value.shape)}. Pass the cache that the model returned, unmixed."
@@ -297,9 +279,7 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     if len(returns) == 1:
         return out
     # The others (log-sum-exp, random state) are for a backward, which fails on the compressed keys in any case.
-    rest = [
-        query.new_empty(0) if isinstance(kind.type, torch.TensorType) else 0 for kind in returns[1:]
-    ]
+    rest = [query.new_empty(0) if isinstance(kind.type, torch.TensorType) else 0 for kind in returns[1:]]
     return (out, *rest)
 
 

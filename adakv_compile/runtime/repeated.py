@@ -43,11 +43,7 @@ def expand(view: RepeatedKV, size: Sequence[int]) -> Any:
     dim = view.inserted
     if dim is None or view.times != 1 or len(size) != 5:
         return NotImplemented
-    same = all(
-        new in (-1, old)
-        for at, (new, old) in enumerate(zip(size, view.shape, strict=True))
-        if at != dim
-    )
+    same = all(new in (-1, old) for at, (new, old) in enumerate(zip(size, view.shape, strict=True)) if at != dim)
     return _make(view.base, max(size[dim], 1), dim) if same and size[dim] != 0 else NotImplemented
 
 
@@ -62,11 +58,7 @@ def merge_dims(view: RepeatedKV, size: Sequence[int]) -> Any:
     if view.inserted is None:
         return view if size == list(view.shape) else NotImplemented
     if view.inserted == 2:
-        return (
-            _make(base, times, None)
-            if size == [batch, heads * times, length, dim]
-            else NotImplemented
-        )
+        return _make(base, times, None) if size == [batch, heads * times, length, dim] else NotImplemented
     if size != [batch * times, heads, length, dim]:
         return NotImplemented
     return repeat_batch(base, times, interleave=view.inserted == 1)

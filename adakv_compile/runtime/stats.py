@@ -208,9 +208,7 @@ def _children(item: object) -> dict[object, object]:
     else:
         children = dict(getattr(item, "__dict__", {}))
         if dataclasses.is_dataclass(item):
-            children |= {
-                field.name: getattr(item, field.name, None) for field in dataclasses.fields(item)
-            }
+            children |= {field.name: getattr(item, field.name, None) for field in dataclasses.fields(item)}
     return {name: child for name, child in children.items() if not str(name).endswith(_NOT_CACHES)}
 
 
@@ -218,18 +216,14 @@ def _dense_pairs(children: dict[object, object]) -> Iterator[tuple[Tensor, Tenso
     for key_name, value_name in _NAMES:
         yield from _paired(children.get(key_name), children.get(value_name))
     in_turn = list(children.values())
-    if children and all(
-        isinstance(name, int) and _is_dense(child) for name, child in children.items()
-    ):
+    if children and all(isinstance(name, int) and _is_dense(child) for name, child in children.items()):
         for key, value in zip(in_turn[::2], in_turn[1::2], strict=False):
             yield from _paired(key, value)
 
 
 def _paired(keys: object, values: object) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(keys, (list, tuple)) and isinstance(values, (list, tuple)):
-        for key, value in zip(
-            cast("Sequence[object]", keys), cast("Sequence[object]", values), strict=False
-        ):
+        for key, value in zip(cast("Sequence[object]", keys), cast("Sequence[object]", values), strict=False):
             yield from _paired(key, value)
     elif _is_dense(keys) and _is_dense(values) and keys.shape[:3] == values.shape[:3]:
         yield keys, values

@@ -13,6 +13,12 @@ from adakv_compile.runtime.errors import TailGrowthError
 
 __all__ = ["FIRST_TAIL_CAPACITY", "LayerStore", "repeat_rows", "take_rows"]
 
+_Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Keys, values, offsets, positions."""
+
+_Tail = tuple[Tensor, Tensor]
+"""Tail keys, tail values."""
+
 FIRST_TAIL_CAPACITY: Final = 64
 """Tail entries of the first allocation; later ones double."""
 
@@ -93,9 +99,7 @@ class LayerStore:
         self._derived: list[tuple[_Request, weakref.ref[LayerStore]]] = []
 
     @classmethod
-    def sealed(
-        cls, keys: Tensor, values: Tensor, offsets: Tensor, positions: Tensor, length: int
-    ) -> LayerStore:
+    def sealed(cls, keys: Tensor, values: Tensor, offsets: Tensor, positions: Tensor, length: int) -> LayerStore:
         """Return a store of what an eviction at logical length ``length`` kept, with an empty tail.
 
         Args:
@@ -145,8 +149,7 @@ class LayerStore:
         """
         if self.tail_length + extra <= self.capacity:
             return
-        used = self._tail_parts(0, self.tail_length)
-        self.tail_keys, self.tail_values = self._roomy_tail(*used, extra)
+        self.tail_keys, self.tail_values = _roomy(self._used_tail(0, self.tail_length), extra)
         self.capacity = self.tail_keys.shape[2]
 
     def advance(self, count: int) -> None:
@@ -210,9 +213,7 @@ class LayerStore:
 
         return self._derive("rows", index, tail_length, rows, rows)
 
-    def repeat_rows(
-        self, times: int, *, interleave: bool, tail_length: int | None = None
-    ) -> LayerStore:
+    def repeat_rows(self, times: int, *, interleave: bool, tail_length: int | None = None) -> LayerStore:
         """Return a store of every row ``times`` times: row by row (``interleave``), or all rows over again."""
 
         def repeated(tensor: Tensor) -> Tensor:
@@ -252,13 +253,9 @@ class LayerStore:
             return by_head[:, :, :length].flatten(1, 2)
 
         def build() -> LayerStore:
-            heads = torch.arange(
-                self.num_kv_heads + 1, dtype=torch.int32, device=self.offsets.device
-            )
+            heads = torch.arange(self.num_kv_heads + 1, dtype=torch.int32, device=self.offsets.device)
             offsets = (heads * length).expand(self.batch, -1).contiguous()
-            return LayerStore.sealed(
-                cut(self.keys), cut(self.values), offsets, cut(self.positions), length
-            )
+            return LayerStore.sealed(cut(self.keys), cut(self.values), offsets, cut(self.positions), length)
 
         return self._remember(_Request("truncate", length, 0), build)
 
@@ -278,9 +275,8 @@ class LayerStore:
 
     def clone(self) -> LayerStore:
         """Return a store with its own copy of everything, the tail cut to what is used."""
-        parts = [t.clone() for t in (self.keys, self.values, self.offsets, self.positions)]
-        tail_keys, tail_values = (part.clone() for part in self._tail_parts(0, self.tail_length))
-        return self._new(*parts, tail_keys, tail_values, self.tail_length, self.prefix_length)
+        prefix = (self.keys.clone(), self.values.clone(), self.offsets.clone(), self.positions.clone())
+        return _restored(prefix, self._used_tail(0, self.tail_length), 0, self.prefix_length)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerStore:
         copied = memo.get(id(self))
@@ -289,9 +285,9 @@ class LayerStore:
         return copied
 
     def __reduce__(self) -> tuple[Callable[..., LayerStore], tuple[Any, ...]]:
-        tail = [part.clone() for part in self._tail_parts(0, self.tail_length)]
-        parts = (self.keys, self.values, self.offsets, self.positions, *tail)
-        return LayerStore._new, (*parts, self.tail_length, self.prefix_length)
+        # Cloned, because a slice of the tail would be saved with the whole allocation.
+        used = tuple(part.clone() for part in self._used_tail(0, self.tail_length))
+        return _restored, (self._prefix, used, 0, self.prefix_length)
 
     @property
     def is_complete(self) -> bool:
@@ -301,39 +297,17 @@ class LayerStore:
 
     # Internals
 
-    @staticmethod
-    def _new(
-        keys: Tensor,
-        values: Tensor,
-        offsets: Tensor,
-        positions: Tensor,
-        tail_keys: Tensor,
-        tail_values: Tensor,
-        tail_length: int,
-        prefix_length: int,
-    ) -> LayerStore:
-        cursor = _cursor(tail_length, prefix_length, keys.device)
-        return LayerStore(
-            keys,
-            values,
-            offsets,
-            positions,
-            tail_keys,
-            tail_values,
-            cursor,
-            tail_length,
-            prefix_length,
-        )
+    @property
+    def _prefix(self) -> _Prefix:
+        return self.keys, self.values, self.offsets, self.positions
 
-    def _tail_parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _used_tail(self, start: int, stop: int) -> _Tail:
         if not 0 <= start <= stop <= self.tail_length:
             raise ValueError(f"tail entries {start} to {stop} are not in {self!r}")
         return self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
 
     def _with_tail(self, start: int, stop: int, extra: int) -> LayerStore:
-        tail = self._roomy_tail(*self._tail_parts(start, stop), extra)
-        prefix = (self.keys, self.values, self.offsets, self.positions)
-        return self._new(*prefix, *tail, stop - start, self.prefix_length + start)
+        return _restored(self._prefix, self._used_tail(start, stop), extra, self.prefix_length + start)
 
     def _derive(
         self,
@@ -347,16 +321,10 @@ class LayerStore:
         used = self.tail_length if tail_length is None else tail_length
 
         def build() -> LayerStore:
-            tail = self._roomy_tail(*(entries(part) for part in self._tail_parts(0, used)), 0)
-            return self._new(
-                entries(self.keys),
-                entries(self.values),
-                indices(self.offsets),
-                indices(self.positions),
-                *tail,
-                used,
-                self.prefix_length,
-            )
+            keys, values, offsets, positions = self._prefix
+            prefix = (entries(keys), entries(values), indices(offsets), indices(positions))
+            tail_keys, tail_values = self._used_tail(0, used)
+            return _restored(prefix, (entries(tail_keys), entries(tail_values)), 0, self.prefix_length)
 
         return self._remember(_Request(operation, argument, used), build)
 
@@ -369,19 +337,6 @@ class LayerStore:
         self._derived = [(past, weakref.ref(kept)) for past, kept in alive]
         self._derived.append((request.frozen(), weakref.ref(made)))
         return made
-
-    def _roomy_tail(self, keys: Tensor, values: Tensor, extra: int) -> tuple[Tensor, Tensor]:
-        """Copy tail parts ``[B, Hkv, T, D*]`` into new tensors that have room for ``extra`` more entries."""
-        used = keys.shape[2]
-        needed = used + extra
-        roomy = FIRST_TAIL_CAPACITY
-        while roomy < needed:
-            roomy *= 2
-        new_keys, new_values = _allocate_both(keys, values, self.num_kv_heads, roomy, needed)
-        with torch.no_grad():
-            new_keys[:, :, :used].copy_(keys)
-            new_values[:, :, :used].copy_(values)
-        return new_keys, new_values
 
 
 class _Request:
@@ -412,10 +367,10 @@ class _Request:
         if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
             return type(mine) is type(theirs) and mine == theirs
         # The very same, unwritten tensor needs no comparison, which would wait for the device.
-        if self.version is not None and self.source is not None and self.source() is theirs:
-            if theirs._version == self.version:
-                return True
-        return mine.shape == theirs.shape and torch.equal(mine, theirs)
+        same = self.version is not None and self.source is not None and self.source() is theirs
+        if same and theirs._version == self.version:
+            return True
+        return bool(mine.device == theirs.device and torch.equal(mine, theirs))
 
 
 def take_rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
@@ -444,20 +399,42 @@ def _cursor(tail_length: int, prefix_length: int, device: torch.device) -> Tenso
     return cursor
 
 
-def _allocate_both(
-    keys: Tensor, values: Tensor, heads: int, roomy: int, needed: int
-) -> tuple[Tensor, Tensor]:
-    # torch reports a failed allocation as OutOfMemoryError on accelerators and RuntimeError on CPU.
+def _roomy(used: _Tail, extra: int) -> _Tail:
+    """Copy a tail's used entries into new tensors that have room for ``extra`` more."""
+    keys, values = used
+    count = keys.shape[2]
+    needed = count + extra
+    capacity = FIRST_TAIL_CAPACITY
+    while capacity < needed:
+        capacity *= 2
+    new_keys, new_values = _allocated(keys, values, capacity, needed)
+    with torch.no_grad():
+        new_keys[:, :, :count].copy_(keys)
+        new_values[:, :, :count].copy_(values)
+    return new_keys, new_values
+
+
+def _allocated(keys: Tensor, values: Tensor, capacity: int, needed: int) -> _Tail:
+    heads = keys.shape[1]
+    # A failed allocation is an OutOfMemoryError on accelerators and a plain RuntimeError on the CPU.
     try:
-        return _tail(keys, heads, roomy), _tail(values, heads, roomy)
+        return _tail(keys, heads, capacity), _tail(values, heads, capacity)
     except (RuntimeError, MemoryError):
         pass
     try:
         return _tail(keys, heads, needed), _tail(values, heads, needed)
     except (RuntimeError, MemoryError) as error:
-        per_token = keys.shape[0] * heads * (keys.shape[-1] + values.shape[-1]) * keys.itemsize
+        entry_bytes = keys.shape[0] * heads * (keys.shape[-1] + values.shape[-1]) * keys.itemsize
         raise TailGrowthError(
             f"No memory on {keys.device} for the {needed} tokens appended since the last eviction"
-            f" ({needed * per_token / 2**20:.1f} MiB for one layer). The cache is as it was before this call:"
-            " free memory (another conversation, a smaller batch) and repeat it, or start a new conversation."
+            f" ({needed * entry_bytes / 2**20:.1f} MiB for one layer). The cache is as it was before this call: free"
+            " memory (another conversation, a smaller batch) and repeat it, or start a new conversation."
         ) from error
+
+
+def _restored(prefix: _Prefix, used: _Tail, extra: int, prefix_length: int) -> LayerStore:
+    """Return a store of a prefix, not copied, and of tail entries, copied, with room for ``extra`` more."""
+    tail_keys, tail_values = _roomy(used, extra)
+    count = used[0].shape[2]
+    cursor = _cursor(count, prefix_length, prefix[0].device)
+    return LayerStore(*prefix, tail_keys, tail_values, cursor, count, prefix_length)

@@ -1,0 +1,1 @@
+"""Tests of stores, views, the call boundary and statistics."""
