@@ -1,0 +1,1 @@
+"""Tests of the repository itself: its layout, its rules, what importing it costs."""
