@@ -1,0 +1,153 @@
+"""Prove what the attention masks of a captured graph mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+import sympy
+import torch
+from torch import fx
+
+from adakv_compile.passes.nodes import source_line
+from adakv_compile.symbolic.classify import Geometry, classify
+from adakv_compile.symbolic.expr import BATCH, KEY, QUERY, Bool, Expr, Float, Where, loads_of, show
+from adakv_compile.symbolic.mask import MaskKind, MaskProof, PaddingFact
+from adakv_compile.symbolic.read import Reader, shape_of
+from adakv_compile.symbolic.refuse import NotProvedError
+from adakv_compile.symbolic.sizes import Sizes
+from adakv_compile.symbolic.vocabulary import VOCABULARY
+
+__all__ = ["MaskKind", "MaskProof", "MaskProver", "PaddingFact", "prove_mask"]
+
+_MASK_RANK: Final = 4
+
+
+def prove_mask(
+    node: fx.Node | None, *, is_causal: bool, q_len: int | torch.SymInt, kv_len: int | torch.SymInt
+) -> MaskProof:
+    """Prove what the mask of one attention means; see :meth:`MaskProver.prove`."""
+    return MaskProver(None if node is None else node.graph).prove(node, is_causal=is_causal, q_len=q_len, kv_len=kv_len)
+
+
+class MaskProver:
+    """Proves the masks of one graph; what attentions share is read once.
+
+    Args:
+        graph: A captured graph; it is only read. ``None`` when no attention has a mask.
+    """
+
+    def __init__(self, graph: fx.Graph | None) -> None:
+        self._sizes = Sizes() if graph is None else Sizes.of(_sizes_in(graph))
+        self._reader = Reader(self._sizes, VOCABULARY)
+        self._memo: dict[tuple[fx.Node | None, bool, sympy.Expr, sympy.Expr], MaskProof] = {}
+
+    def prove(
+        self, node: fx.Node | None, *, is_causal: bool, q_len: int | torch.SymInt, kv_len: int | torch.SymInt
+    ) -> MaskProof:
+        """Prove what the mask of one attention means.
+
+        Args:
+            node: A boolean mask (true = visible) or an additive one, broadcastable to ``[B, Hq, q_len, kv_len]``, or
+                ``None``.
+            is_causal: The attention operator's own flag: aligned at the first query and the first key.
+            q_len: Number of queries.
+            kv_len: Number of keys.
+        """
+        sizes = Sizes.of((q_len, kv_len)) if self._sizes.is_empty else self._sizes
+        queries, keys = sizes.expr(q_len), sizes.expr(kv_len)
+        memo = (node, is_causal, queries, keys)
+        if memo not in self._memo:
+            if node is None:
+                self._memo[memo] = _without_mask(is_causal, sizes)
+            else:
+                self._memo[memo] = self._prove(node, is_causal, queries, keys)
+        return self._memo[memo]
+
+    def _prove(self, node: fx.Node, is_causal: bool, queries: sympy.Expr, keys: sympy.Expr) -> MaskProof:
+        expr = self._reader.read(node)
+        masked: float | None = None
+        predicate: Expr | None = None
+        try:
+            if is_causal:
+                raise NotProvedError("a mask together with is_causal", expr)
+            geometry = self._geometry(node, expr, queries, keys)
+            predicate, masked = self._predicate(node, expr)
+            proof = classify(predicate, geometry, self._reader.leaves, self._reader.holder)
+        except NotProvedError as failure:
+            return self._unproven(node, failure, predicate)
+        return dataclasses.replace(
+            proof, additive=masked is not None, masked_value=masked, node=node, where=source_line(node)
+        )
+
+    def _geometry(self, node: fx.Node, expr: Expr, queries: sympy.Expr, keys: sympy.Expr) -> Geometry:
+        """Return the mask's sizes, which must be the attention's or one."""
+        shape = shape_of(node)
+        padded = (*(1 for _ in range(_MASK_RANK - len(shape))), *shape)
+        fits = len(shape) <= _MASK_RANK and all(
+            size == 1 if isinstance(size, int) and size == 1 else self._sizes.equal(size, expected)
+            for size, expected in ((padded[-1 - KEY], keys), (padded[-1 - QUERY], queries))
+        )
+        if not fits:
+            raise NotProvedError(f"a mask of shape {tuple(shape)} for {queries} queries and {keys} keys", expr)
+        return Geometry(padded[-1 - BATCH], queries, keys, self._sizes)
+
+    def _predicate(self, node: fx.Node, expr: Expr) -> tuple[Expr, float | None]:
+        """Return where keys are visible, and what an additive mask adds where they are not."""
+        dtype = node.meta["val"].dtype
+        if dtype is torch.bool:
+            return expr, None
+        if not dtype.is_floating_point:
+            raise NotProvedError(f"a mask of {dtype}", expr)
+        hidden: list[float] = []
+        predicate = self._reader.simplify(self._visible(expr, torch.finfo(dtype).min, hidden))
+        return predicate, max(hidden, default=-math.inf)
+
+    def _visible(self, expr: Expr, lowest: float, hidden: list[float]) -> Expr:
+        match expr:
+            case Where(condition, yes, no):
+                return Where(condition, self._visible(yes, lowest, hidden), self._visible(no, lowest, hidden))
+            case Float(value) if value == 0:
+                return Bool(True)
+            case Float(value) if value <= lowest:
+                hidden.append(value)
+                return Bool(False)
+            case Float(value):
+                raise NotProvedError(f"it adds {value:g}, neither zero nor the lowest number of its dtype", expr)
+            case _:
+                raise NotProvedError(f"it adds numbers that aren't known: {show(expr)}", expr)
+
+    def _unproven(self, node: fx.Node, failure: NotProvedError, predicate: Expr | None) -> MaskProof:
+        loads = loads_of(failure.culprit)
+        leaf = self._reader.leaves[loads[0].leaf] if loads else None
+        reason = failure.reason if leaf is None else f"{failure.reason}; {leaf.node.name} is {leaf.why}"
+        culprit = node if leaf is None or leaf.node.op == "placeholder" else leaf.node
+        return MaskProof(
+            MaskKind.UNPROVEN,
+            predicate=predicate,
+            additive=node.meta["val"].dtype.is_floating_point,
+            reason=reason,
+            node=culprit,
+            where=source_line(culprit) or source_line(node),
+            sizes=self._sizes,
+        )
+
+
+def _without_mask(is_causal: bool, sizes: Sizes) -> MaskProof:
+    if not is_causal:
+        return MaskProof(MaskKind.FULL, predicate=Bool(True), steps=("there is no mask",), sizes=sizes)
+    step = "is_causal aligns the first query with the first key"
+    return MaskProof(MaskKind.CAUSAL, offset=sympy.Integer(0), steps=(step,), sizes=sizes)
+
+
+def _sizes_in(graph: fx.Graph) -> list[object]:
+    """Return the sizes of a graph's inputs."""
+    found: list[object] = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
+            found.extend(value.shape)
+    return found
