@@ -12,7 +12,7 @@ from benchmarks.retriever import vocabulary as vocab
 __all__ = ["CHECKPOINT", "MAX_LENGTH", "ROPE_THETA", "build", "load", "save"]
 
 #: Longest context the packaged checkpoint was trained on.
-MAX_LENGTH: Final = 1024
+MAX_LENGTH: Final = 2048
 
 #: The starting weights were trained with 1e4 up to 512 tokens. A larger base
 #: slows the rotations, so longer distances map to angles already seen: at
