@@ -76,6 +76,8 @@ def wrap_grown(store: LayerStore, length: int, start: int = 0) -> tuple[Compress
 def _join(key: Tensor, value: Tensor, extra: int) -> LayerStore:
     if not isinstance(key, CompressedKV) or not isinstance(value, CompressedKV):
         raise _mismatch(key, value, "one of them is not compressed")
+    if type(key) is not CompressedKV or type(value) is not CompressedKV:
+        raise _mismatch(key, value, "the heads were repeated before the call")
     store, value_store = key.store, value.store
     if key.kind != "key" or value.kind != "value":
         raise _mismatch(key, value, "keys and values were exchanged, or one was used twice")

@@ -183,9 +183,7 @@ STEPS: tuple[Step, ...] = (
 )
 GROWING: tuple[Step, ...] = (_append, _append_and_attend, _compiled_step, _slide)
 
-moves = st.tuples(
-    st.one_of(st.sampled_from(STEPS), st.sampled_from(GROWING)), st.integers(1, 5), st.integers(0, 3)
-)
+moves = st.tuples(st.one_of(st.sampled_from(STEPS), st.sampled_from(GROWING)), st.integers(1, 5), st.integers(0, 3))
 
 
 @settings(max_examples=150, deadline=None)
