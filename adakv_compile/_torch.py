@@ -31,6 +31,7 @@ __all__ = [
     "is_fake",
     "mode_patches",
     "route_generate",
+    "seconds_compiling",
     "specialise_float_inputs",
 ]
 
@@ -176,3 +177,10 @@ def compile_graph(
 
         return aot_eager(gm, list(inputs))
     return gm.forward
+
+
+def seconds_compiling() -> float:
+    """Return the wall-clock seconds that this process has spent in Dynamo and below it, so far."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return calculate_time_spent()["total_wall_time"]
