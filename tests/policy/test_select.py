@@ -264,6 +264,14 @@ def test_nothing_but_nan_still_fills_the_budget() -> None:
     assert kept == [[{0, 1, 2, 18, 19}] * 2]
 
 
+@pytest.mark.parametrize("method", ["ada-snapkv", "snapkv"])
+def test_nan_still_ranks_above_padding(method: Method) -> None:
+    scores = torch.full((1, 2, 20), torch.nan)
+    padding = torch.arange(20)[None, None] >= 9
+    keep = select(Policy(method=method, budget=5, window=2), scores, padding)
+    assert kept_positions(keep) == [[{9, 10, 11, 18, 19}] * 2]
+
+
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_infinite_scores_keep_the_totals(pool: Any) -> None:
     scores = scores_like("smooth", (1, 2, 20), 0)
