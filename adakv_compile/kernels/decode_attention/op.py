@@ -28,7 +28,8 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
-from adakv_compile.kernels.decode_attention.reference import decode_attention, decode_attention_cpu
+from adakv_compile.kernels.decode_attention.cpu import decode_attention_cpu
+from adakv_compile.kernels.decode_attention.reference import decode_attention
 
 __all__ = ["SPEC"]
 

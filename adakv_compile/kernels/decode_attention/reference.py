@@ -15,7 +15,14 @@ from adakv_compile.kernels._ragged import (
 )
 from adakv_compile.kernels._visibility import Visibility
 
-__all__ = ["attend_all", "check_attention", "decode_attention", "decode_attention_cpu", "grouped_query"]
+__all__ = [
+    "attend_all",
+    "attend_block",
+    "check_attention",
+    "decode_attention",
+    "grouped_query",
+    "visibility_of",
+]
 
 
 def decode_attention(
@@ -38,7 +45,18 @@ def decode_attention(
 
     Reads the whole capacity of the tail.
     """
-    _check(query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
+    check_attention(
+        "decode_attention",
+        query,
+        key_new,
+        value_new,
+        keys,
+        values,
+        offsets,
+        positions,
+        tail_keys,
+        tail_values,
+    )
     check_mask("decode_attention", query, mask, padding)
     count, capacity = query.shape[2], tail_keys.shape[2]
     slot = torch.arange(capacity, device=cursor.device)
@@ -49,50 +67,8 @@ def decode_attention(
     cursor[:1].add_(count)
     used = slot < cursor[:1]
     # What lies behind the cursor may be anything; a weight of 0 would not make a NaN vanish.
-    tail = tail_entries(
-        tail_keys, tail_values.where(used[:, None], 0), slot + cursor[1:], used
-    )
-    visibility = _visibility(query, keys, offsets, first, mask, padding, sliding_window)
-    entries = [*ragged_entries(keys, values, offsets, positions), tail]
-    return attend_all(entries, query, scale, visibility)
-
-
-def decode_attention_cpu(
-    query: torch.Tensor,
-    key_new: torch.Tensor,
-    value_new: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    offsets: torch.Tensor,
-    positions: torch.Tensor,
-    tail_keys: torch.Tensor,
-    tail_values: torch.Tensor,
-    cursor: torch.Tensor,
-    mask: torch.Tensor | None,
-    padding: torch.Tensor | None,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Append and attend on the CPU, where the cursor is at hand: only the part of the tail in use is read."""
-    _check(query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
-    check_mask("decode_attention", query, mask, padding)
-    count = query.shape[2]
-    length, start = cursor.tolist()
-    end = length + count
-    if end > tail_keys.shape[2]:
-        raise ValueError(
-            f"decode_attention: {length} tail entries and {count} new ones exceed the capacity {tail_keys.shape[2]}"
-        )
-    tail_keys[:, :, length:end] = key_new
-    tail_values[:, :, length:end] = value_new
-    cursor[0] = end
-    tail = tail_entries(
-        tail_keys[:, :, :end],
-        tail_values[:, :, :end],
-        torch.arange(start, start + end, device=keys.device),
-        None,
-    )
-    visibility = _visibility(query, keys, offsets, start + length, mask, padding, sliding_window)
+    tail = tail_entries(tail_keys, tail_values.where(used[:, None], 0), slot + cursor[1:], used)
+    visibility = visibility_of(query, tail_keys.shape[1], first, mask, padding, sliding_window)
     entries = [*ragged_entries(keys, values, offsets, positions), tail]
     return attend_all(entries, query, scale, visibility)
 
@@ -172,20 +148,15 @@ def check_attention(
     )
 
 
-def _check(*tensors: torch.Tensor) -> None:
-    check_attention("decode_attention", *tensors)
-
-
-def _visibility(
+def visibility_of(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    offsets: torch.Tensor,
+    num_heads: int,
     first: int | torch.Tensor,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
     sliding_window: int | None,
 ) -> Visibility:
-    num_heads = offsets.shape[1] - 1
+    """Return the rule for a call's queries ``[B, Hq, T, D]``, the first of which sits at ``first``."""
     count = query.shape[2]
     return Visibility(
         first=first,

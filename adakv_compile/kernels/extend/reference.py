@@ -13,6 +13,7 @@ from adakv_compile.kernels.decode_attention.reference import (
     attend_block,
     check_attention,
     grouped_query,
+    visibility_of,
 )
 from adakv_compile.kernels.select.reference import capacity, pack
 from adakv_compile.policy import Policy, layer_budget
@@ -81,17 +82,7 @@ def extend(
     dense_values = torch.cat((tail_values[:, :, :tail_length], value_new), 2)
     fresh = tail_length + count
     length = prefix_length + fresh
-    visibility = Visibility(
-        first=length - count,
-        count=count,
-        group=query.shape[1] // num_heads,
-        num_heads=num_heads,
-        mask=mask,
-        padding=padding,
-        sliding_window=sliding_window,
-        start=0,
-        rows=count,
-    )
+    visibility = visibility_of(query, num_heads, length - count, mask, padding, sliding_window)
     after = torch.arange(prefix_length, length, device=keys.device)
     entries = [
         *ragged_entries(keys, values, offsets, positions),

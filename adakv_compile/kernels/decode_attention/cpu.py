@@ -1,0 +1,173 @@
+"""Append and attend on the CPU, where lengths are at hand: two products per head, everything else batched."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final
+
+import torch
+
+from adakv_compile.kernels._checks import check_mask
+from adakv_compile.kernels._ragged import ragged_entries, tail_entries
+from adakv_compile.kernels._visibility import Visibility
+from adakv_compile.kernels.decode_attention.reference import (
+    attend_all,
+    check_attention,
+    visibility_of,
+)
+
+__all__ = ["decode_attention_cpu"]
+
+# A small half-precision product costs as much to start as several of the batched ones; measured on AVX-512.
+_MAX_HALF_PRODUCTS: Final = 8
+
+
+def decode_attention_cpu(
+    query: torch.Tensor,
+    key_new: torch.Tensor,
+    value_new: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    cursor: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Append and attend; see :mod:`adakv_compile.kernels.decode_attention.op`."""
+    check_attention(
+        "decode_attention",
+        query,
+        key_new,
+        value_new,
+        keys,
+        values,
+        offsets,
+        positions,
+        tail_keys,
+        tail_values,
+    )
+    check_mask("decode_attention", query, mask, padding)
+    batch, num_heads, count, _ = key_new.shape
+    length, start = cursor.tolist()
+    end = length + count
+    if end > tail_keys.shape[2]:
+        raise ValueError(
+            f"decode_attention: {length} tail entries and {count} new ones exceed the capacity "
+            f"{tail_keys.shape[2]}"
+        )
+    tail_keys[:, :, length:end] = key_new
+    tail_values[:, :, length:end] = value_new
+    cursor[0] = end
+    tail_keys, tail_values = tail_keys[:, :, :end], tail_values[:, :, :end]
+    if padding is not None and padding.shape[1] >= start + end and padding.all():
+        padding = None
+    visibility = visibility_of(query, num_heads, start + length, mask, padding, sliding_window)
+    shared = count == 1 and (mask is None or mask.shape[1] == 1)
+    if not shared or (keys.itemsize < 4 and batch * num_heads > _MAX_HALF_PRODUCTS):
+        after = torch.arange(start, start + end, device=keys.device)
+        tail = tail_entries(tail_keys, tail_values, after, None)
+        entries = [*ragged_entries(keys, values, offsets, positions), tail]
+        return attend_all(entries, query, scale, visibility)
+    prefix_bias = tail_bias = None
+    if visibility.looked_up:
+        after = torch.arange(start, start + end, device=keys.device)
+        prefix_bias = _bias(visibility, positions, keys.dtype)
+        tail_bias = _bias(visibility, after.expand(batch, end), keys.dtype)
+    rows = (query * scale).reshape(batch, num_heads, -1, query.shape[3])
+    output = _attend_heads(
+        rows, keys, values, offsets, tail_keys, tail_values, prefix_bias, tail_bias
+    )
+    return output.view(*query.shape[:3], -1)
+
+
+def _bias(visibility: Visibility, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what to add to the logits of entries at ``positions`` ``[B, n]``, the same for all heads."""
+    batch, count = positions.shape
+    rule = Visibility(
+        first=visibility.first,
+        count=1,
+        group=1,
+        num_heads=1,
+        mask=visibility.mask,
+        padding=visibility.padding,
+        sliding_window=visibility.sliding_window,
+        start=0,
+        rows=1,
+    )
+    exact = torch.promote_types(dtype, torch.float32)
+    bias = torch.zeros((batch, 1, count), dtype=exact, device=positions.device)
+    owner = torch.arange(batch, device=positions.device)
+    return rule.hide(bias, owner, positions, past=True)[:, 0].to(dtype)
+
+
+def _attend_heads(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    prefix_bias: torch.Tensor | None,
+    tail_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend with the queries of one step to ragged prefix and dense tail.
+
+    The logits of all heads lie in one padded table, the tail's first, so that one softmax serves all; no key or value
+    is copied.
+
+    Args:
+        query: ``[B, H, G, Dk]``, scaled.
+        keys: ``[B, N, Dk]``.
+        values: ``[B, N, Dv]``.
+        offsets: ``[B, H + 1]``.
+        tail_keys: ``[B, H, t, Dk]``, ``t`` at least 1.
+        tail_values: ``[B, H, t, Dv]``.
+        prefix_bias: ``[B, N]``, added to the logits in the dtype of the query. None: nothing is hidden.
+        tail_bias: ``[B, t]``, given together with ``prefix_bias``.
+
+    Returns:
+        ``[B * H, G, Dv]`` in the dtype of the query; zeros where nothing is visible.
+    """
+    batch, num_heads, group, key_dim = query.shape
+    slots, tail = keys.shape[1], tail_keys.shape[2]
+    # Sizes of the heads of each row, then of its unused slots.
+    sizes = [
+        right - left for row in offsets.tolist() for left, right in pairwise((*row, slots))
+    ]
+    parts = [
+        (part - part // (num_heads + 1), part, size)
+        for part, size in enumerate(sizes)
+        if size and (part + 1) % (num_heads + 1)
+    ]
+    widest = max((size for _, _, size in parts), default=0)
+    rows = query.flatten(0, 1)
+    tail_logits = torch.bmm(rows, tail_keys.flatten(0, 1).mT)
+    if tail_bias is not None:
+        tail_logits.unflatten(0, (batch, num_heads)).add_(tail_bias[:, None, None])
+    logits = query.new_full((batch * num_heads, group, tail + widest), -torch.inf)
+    logits[:, :, :tail] = tail_logits
+    heads, tables = rows.unbind(0), logits[:, :, tail:].unbind(0)
+    key_parts = keys.flatten(0, 1).t().split(sizes, 1)
+    bias_parts = None if prefix_bias is None else prefix_bias.flatten().split(sizes)
+    for head, part, size in parts:
+        found = tables[head][:, :size]
+        if bias_parts is None:
+            torch.mm(heads[head], key_parts[part], out=found)
+        else:
+            torch.addmm(bias_parts[part], heads[head], key_parts[part], out=found)
+    weights = torch.softmax(logits, -1, dtype=torch.promote_types(query.dtype, torch.float32))
+    # Softmax makes a row that sees nothing NaN throughout; looking at one column finds out whether there is any.
+    if prefix_bias is not None and weights[..., 0].isnan().any():
+        weights.masked_fill_((logits == -torch.inf).all(-1, keepdim=True), 0.0)
+    weights = weights.to(query.dtype)
+    output = torch.bmm(weights[:, :, :tail], tail_values.flatten(0, 1))
+    outputs, tables = output.unbind(0), weights[:, :, tail:].unbind(0)
+    value_parts = values.flatten(0, 1).split(sizes)
+    for head, part, size in parts:
+        outputs[head].addmm_(tables[head][:, :size], value_parts[part])
+    return output

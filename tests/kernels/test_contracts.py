@@ -1,0 +1,117 @@
+"""Every op's schema, fake kernel and registration hold, for static and for symbolic sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import adakv_compile.kernels as kernels
+from adakv_compile.policy import Policy
+from tests.kernels.cases import ragged_case
+
+POLICY = Policy(budget=12, window=4).encode()
+PYRAMID = Policy(method="ada-pyramid", budget=0.3, window=4, layer=1, num_layers=2).encode()
+CASE = ragged_case([[4, 20, 0], [9, 9, 6]], prefix_length=40, poison=False)
+MASKED = dataclasses.replace(
+    CASE, mask=torch.rand(2, 1, 1, 44) < 0.8, padding=torch.ones(2, 44, dtype=torch.bool), sliding_window=30
+)
+LONG = ragged_case([[4, 20, 0], [9, 9, 6]], prefix_length=40, count=5, poison=False)
+
+
+def prefill(policy: str, padded: bool, window: int | None) -> dict[str, tuple[Any, ...]]:
+    random = torch.manual_seed(0)
+    query, key = torch.randn(2, 6, 30, 8, generator=random), torch.randn(2, 3, 30, 8, generator=random)
+    value = torch.randn(2, 3, 30, 6, generator=random)
+    padding = torch.ones(2, 30, dtype=torch.bool) if padded else None
+    if padding is not None:
+        padding[0, :9] = False
+    scores = torch.rand(2, 3, 30, generator=random)
+    positions, offsets = torch.ops.adakv.select_v1(scores, padding, window, policy)
+    return {
+        "observe_v1": (query, key, padding, 0.3, window, policy),
+        "select_v1": (scores, padding, window, policy),
+        "compact_v1": (key, value, positions, offsets),
+    }
+
+
+SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    f"{name}-{label}": (name, arguments)
+    for label, options in {
+        "plain": (POLICY, False, None),
+        "padded": (POLICY, True, None),
+        "pyramid": (PYRAMID, True, None),
+        "sliding": (POLICY, False, 20),
+    }.items()
+    for name, arguments in prefill(*options).items()
+}
+SAMPLES |= {
+    "decode-plain": ("decode_attention_v1", CASE.arguments()),
+    "decode-masked": ("decode_attention_v1", MASKED.arguments()),
+    "decode-long": ("decode_attention_v1", LONG.arguments()),
+    "extend-plain": ("extend_v1", LONG.extend_arguments(Policy.decode(POLICY))),
+    "extend-pyramid": ("extend_v1", LONG.extend_arguments(Policy.decode(PYRAMID))),
+    "extend-whole": ("extend_v1", LONG.extend_arguments(Policy.decode(POLICY), evict=False)),
+    "extend-masked": ("extend_v1", MASKED.extend_arguments(Policy.decode(POLICY))),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(sample: str) -> None:
+    name, arguments = SAMPLES[sample]
+    operator = getattr(torch.ops.adakv, name).default
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_fakes_describe_results_exactly(sample: str) -> None:
+    """Shapes, strides and dtypes with every size symbolic, and not one guard on the way."""
+    name, arguments = SAMPLES[sample]
+    operator = getattr(torch.ops.adakv, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    constant = {"sliding_window": arguments[names.index("sliding_window")]} if "sliding_window" in names else {}
+    sizes = [value for name, value in zip(names, clone(arguments), strict=True) if name not in constant]
+
+    def call_with(*values: Any) -> Any:
+        given = dict(zip((name for name in names if name not in constant), values, strict=True))
+        return operator(**given, **constant)
+
+    graph = make_fx(call_with, tracing_mode="symbolic")(*sizes)
+    environment = graph.shape_env  # pyright: ignore[reportAttributeAccessIssue]
+    assert [str(guard.expr) for guard in environment.guards] == []
+    (call,) = [node for node in graph.graph.nodes if node.target is operator]
+    results = operator(*clone(arguments))
+    fakes = call.meta["val"]
+    for fake, real in zip(tuples(fakes), tuples(results), strict=True):
+        assert fake.dtype == real.dtype
+        assert [concrete(size) for size in fake.shape] == list(real.shape)
+        assert [concrete(stride) for stride in fake.stride()] == list(real.stride())
+
+
+def test_registration_covers_the_dialect() -> None:
+    specs = [getattr(kernels, name).SPEC for name in kernels.__all__]
+    assert sorted(spec.name for spec in specs) == [
+        "compact_v1",
+        "decode_attention_v1",
+        "extend_v1",
+        "observe_v1",
+        "select_v1",
+    ]
+    for spec in specs:
+        operator = getattr(torch.ops.adakv, spec.name).default
+        assert torch.Tag.pt2_compliant_tag in operator.tags
+
+
+def clone(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in arguments)
+
+
+def tuples(results: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+
+def concrete(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else size.node.hint
