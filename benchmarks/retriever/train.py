@@ -54,7 +54,6 @@ class Stage:
 STAGES: Final[dict[str, tuple[Stage, ...]]] = {
     "1024": (Stage(512, 0.25, 2048), Stage(1024, 0.75, 2048)),
     "2048": (Stage(1024, 0.1, 2048), Stage(2048, 0.9, 4096)),
-    "4096": (Stage(2048, 0.2, 4096), Stage(4096, 0.8, 4096)),
 }
 
 
