@@ -39,6 +39,7 @@ def layer_budget(policy: Policy, length: Length) -> Length:
         return _least(length, nominal)
     base = nominal - policy.window
     # No layer keeps more than there is: what the first layers cannot use goes to the last ones.
+    # (The maximum keeps ``above`` from going negative, where integer divisions may disagree.)
     available = _greatest(length, nominal) - policy.window
     above: _Size = _least(available, 2 * base - base // policy.beta) - base
     steps = policy.num_layers - 1
@@ -53,9 +54,8 @@ def layer_capacity(policy: Policy, length: Length) -> Length:
     """Return the most entries per KV head that a row of at most ``length`` tokens keeps.
 
     The maximum of :func:`layer_budget` over all lengths up to ``length`` (for pyramids with a float
-    budget, an upper bound that is at most three entries above it). It differs from
-    ``layer_budget(policy, length)`` only in the upper layers of a pyramid: they keep a short row
-    whole, and of a long row less than that.
+    budget, at most one entry more). It differs from ``layer_budget(policy, length)`` only in the
+    upper layers of a pyramid: they keep a short row whole, and of a long row less than that.
 
     Args:
         policy: The layer's policy.
@@ -69,8 +69,8 @@ def layer_capacity(policy: Policy, length: Length) -> Length:
         return budget
     if policy.share is None:
         return _greatest(budget, _least(length, int(policy.budget)))
-    # Flooring ``share * length`` makes upper layers of neighbouring lengths differ by up to three.
-    return _least(length, _greatest(budget + 3, policy.floor))
+    # Flooring ``share * length`` can make one token more cost an upper layer one entry, never two.
+    return _least(length, _greatest(budget + 1, policy.floor))
 
 
 def _nominal(policy: Policy, length: _Size) -> _Size:

@@ -33,9 +33,11 @@ def select(
 
     Args:
         policy: What to keep.
-        scores: ``[B, H, L]``, raw (not pooled), computed in float32 whatever the model's dtype;
-            entries of a head in ascending position. NaN ranks lowest and does not spread to its
-            neighbours.
+        scores: ``[B, H, L]``, raw (not pooled), computed in float32 whatever the model's dtype.
+            The index along ``L`` stands for the position: it decides ties and who pools with whom.
+            Heads that hold different entries may come packed (their neighbours are then the
+            adjacent held entries) or at their logical positions (what was evicted is then not
+            valid, and ties between heads are exact). NaN ranks lowest and does not spread.
         valid: Bool ``[B, H | 1, L]``, False where there is no entry that could be kept: padding on
             either side, or an entry out of reach of a sliding window. Pooling sees those as out of
             range. None: all are entries.
