@@ -58,7 +58,10 @@ class CompressedKV(torch.Tensor):
 
     def __new__(cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0) -> CompressedKV:
         """Return a view of ``store``; see the class."""
-        return make_view(store, kind, store.length - start if length is None else length, start)
+        length = store.length - start if length is None else length
+        if kind not in ("key", "value") or start < 0 or not store.prefix_length <= start + length <= store.length:
+            raise ValueError(f"{kind!r} of {length} tokens from position {start} on is not a view of {store!r}")
+        return make_view(store, kind, length, start)
 
     # What a user may ask
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adakv_compile.runtime.compressed import CompressedKV, make_wrapper
 from adakv_compile.runtime.store import repeat_rows
@@ -30,6 +32,20 @@ class RepeatedKV(CompressedKV):
     base: CompressedKV
     times: int
     inserted: int | None
+
+    def dense(self, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the dense tensor of this shape, and which slots are held (the same without the last dimension)."""
+        dim = 1 if self.inserted is None else self.inserted
+        entries, held = self.base.dense(fill)
+        if self.inserted is None:
+            return entries.repeat_interleave(self.times, dim), held.repeat_interleave(self.times, dim)
+        return entries.unsqueeze(dim).expand(self.shape), held.unsqueeze(dim).expand(self.shape[:-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RepeatedKV:
+        return _make(copy.deepcopy(self.base, memo), self.times, self.inserted)
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., RepeatedKV], tuple[Any, ...]]:
+        return _make, (self.base, self.times, self.inserted)
 
 
 def insert_dim(view: CompressedKV, dim: int) -> Any:

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adakv_compile.runtime.errors import TailGrowthError
+from adakv_compile.runtime.tail import Tail, new_cursor, new_tail, roomy
 
-__all__ = ["FIRST_TAIL_CAPACITY", "LayerStore", "repeat_rows", "take_rows"]
+__all__ = ["LayerStore", "repeat_rows", "take_rows"]
 
 _Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
 """Keys, values, offsets, positions."""
-
-_Tail = tuple[Tensor, Tensor]
-"""Tail keys, tail values."""
-
-FIRST_TAIL_CAPACITY: Final = 64
-"""Tail entries of the first allocation; later ones double."""
 
 
 class LayerStore:
@@ -110,9 +104,9 @@ class LayerStore:
             length: Tokens seen at the eviction, which is the position of the next one.
         """
         heads = offsets.shape[1] - 1
-        tail_keys = _tail(keys, heads, 0)
-        tail_values = _tail(values, heads, 0)
-        cursor = _cursor(0, length, keys.device)
+        tail_keys = new_tail(keys, heads, 0)
+        tail_values = new_tail(values, heads, 0)
+        cursor = new_cursor(0, length, keys.device)
         return cls(keys, values, offsets, positions, tail_keys, tail_values, cursor, 0, length)
 
     @property
@@ -149,7 +143,7 @@ class LayerStore:
         """
         if self.tail_length + extra <= self.capacity:
             return
-        self.tail_keys, self.tail_values = _roomy(self._used_tail(0, self.tail_length), extra)
+        self.tail_keys, self.tail_values = roomy(self._used_tail(0, self.tail_length), extra)
         self.capacity = self.tail_keys.shape[2]
 
     def advance(self, count: int) -> None:
@@ -301,7 +295,7 @@ class LayerStore:
     def _prefix(self) -> _Prefix:
         return self.keys, self.values, self.offsets, self.positions
 
-    def _used_tail(self, start: int, stop: int) -> _Tail:
+    def _used_tail(self, start: int, stop: int) -> Tail:
         if not 0 <= start <= stop <= self.tail_length:
             raise ValueError(f"tail entries {start} to {stop} are not in {self!r}")
         return self.tail_keys[:, :, start:stop], self.tail_values[:, :, start:stop]
@@ -365,12 +359,14 @@ class _Request:
             return False
         mine, theirs = self.argument, other.argument
         if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
-            return type(mine) is type(theirs) and mine == theirs
+            return type(mine) is type(theirs) and bool(mine == theirs)
         # The very same, unwritten tensor needs no comparison, which would wait for the device.
         same = self.version is not None and self.source is not None and self.source() is theirs
         if same and theirs._version == self.version:
             return True
-        return bool(mine.device == theirs.device and torch.equal(mine, theirs))
+        if (mine.shape, mine.dtype, mine.device) != (theirs.shape, theirs.dtype, theirs.device):
+            return False
+        return torch.equal(mine, theirs)
 
 
 def take_rows(tensor: Tensor, index: Tensor | slice) -> Tensor:
@@ -385,56 +381,9 @@ def repeat_rows(tensor: Tensor, times: int, *, interleave: bool) -> Tensor:
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
 
-def _tail(prefix: Tensor, heads: int, capacity: int) -> Tensor:
-    # Ordinary tensors even under inference_mode: the tail of a conversation is written in later calls, in any mode.
-    with torch.inference_mode(False):
-        return prefix.new_zeros(prefix.shape[0], heads, capacity, prefix.shape[-1])
-
-
-def _cursor(tail_length: int, prefix_length: int, device: torch.device) -> Tensor:
-    # Filled by kernels: a tensor made from a list would be copied to the device, which waits for it.
-    with torch.inference_mode(False):
-        cursor = torch.full((2,), prefix_length, dtype=torch.int32, device=device)
-        cursor[0].fill_(tail_length)
-    return cursor
-
-
-def _roomy(used: _Tail, extra: int) -> _Tail:
-    """Copy a tail's used entries into new tensors that have room for ``extra`` more."""
-    keys, values = used
-    count = keys.shape[2]
-    needed = count + extra
-    capacity = FIRST_TAIL_CAPACITY
-    while capacity < needed:
-        capacity *= 2
-    new_keys, new_values = _allocated(keys, values, capacity, needed)
-    with torch.no_grad():
-        new_keys[:, :, :count].copy_(keys)
-        new_values[:, :, :count].copy_(values)
-    return new_keys, new_values
-
-
-def _allocated(keys: Tensor, values: Tensor, capacity: int, needed: int) -> _Tail:
-    heads = keys.shape[1]
-    # A failed allocation is an OutOfMemoryError on accelerators and a plain RuntimeError on the CPU.
-    try:
-        return _tail(keys, heads, capacity), _tail(values, heads, capacity)
-    except (RuntimeError, MemoryError):
-        pass
-    try:
-        return _tail(keys, heads, needed), _tail(values, heads, needed)
-    except (RuntimeError, MemoryError) as error:
-        entry_bytes = keys.shape[0] * heads * (keys.shape[-1] + values.shape[-1]) * keys.itemsize
-        raise TailGrowthError(
-            f"No memory on {keys.device} for the {needed} tokens appended since the last eviction"
-            f" ({needed * entry_bytes / 2**20:.1f} MiB for one layer). The cache is as it was before this call: free"
-            " memory (another conversation, a smaller batch) and repeat it, or start a new conversation."
-        ) from error
-
-
-def _restored(prefix: _Prefix, used: _Tail, extra: int, prefix_length: int) -> LayerStore:
+def _restored(prefix: _Prefix, used: Tail, extra: int, prefix_length: int) -> LayerStore:
     """Return a store of a prefix, not copied, and of tail entries, copied, with room for ``extra`` more."""
-    tail_keys, tail_values = _roomy(used, extra)
+    tail_keys, tail_values = roomy(used, extra)
     count = used[0].shape[2]
-    cursor = _cursor(count, prefix_length, prefix[0].device)
+    cursor = new_cursor(count, prefix_length, prefix[0].device)
     return LayerStore(*prefix, tail_keys, tail_values, cursor, count, prefix_length)

@@ -244,6 +244,38 @@ def _repeat_kv(tensor: torch.Tensor) -> torch.Tensor:
     return tensor[:, :, None, :, :].expand(batch, heads, 2, length, dim).reshape(batch, heads * 2, length, dim)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "outputs"),
+    [
+        ("_scaled_dot_product_flash_attention_for_cpu", (), 2),
+        ("_scaled_dot_product_flash_attention", (), 9),
+        ("_scaled_dot_product_efficient_attention", (None, False), 4),
+        ("_scaled_dot_product_cudnn_attention", (None, False), 9),
+        ("_scaled_dot_product_fused_attention_overrideable", (), 9),
+        ("_scaled_dot_product_attention_math", (), 2),
+    ],
+)
+def test_every_fused_attention_is_served(name: str, arguments: tuple[object, ...], outputs: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    talk = conversation(3)
+    query = _query(talk, generator, 1)[:, :3]
+    with torch.inference_mode():
+        returned = getattr(torch.ops.aten, name).default(query, talk.key, talk.value, *arguments)
+    assert len(returned) == outputs
+    torch.testing.assert_close(returned[0], attention(query, talk))
+
+
+def test_repeated_heads_can_be_copied_and_looked_at() -> None:
+    talk = conversation(4)
+    for repeated in (talk.key.repeat_interleave(2, dim=1), talk.key[:, :, None].expand(2, 3, 2, 17, 8)):
+        expected = talk.dense_key.repeat_interleave(2, dim=1).view(repeated.shape)
+        held = talk.held.repeat_interleave(2, dim=1).view(repeated.shape[:-1])
+        for each in (repeated, repeated.clone(), copy.deepcopy(repeated), pickle.loads(pickle.dumps(repeated))):
+            assert each.shape == repeated.shape
+            assert torch.equal(each.dense()[0], expected * held[..., None])
+            assert torch.equal(each.dense()[1], held)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_view_made_in_one_mode_is_continued_in_the_other(inference: bool) -> None:
     generator = torch.Generator().manual_seed(0)

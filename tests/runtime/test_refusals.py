@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from adakv_compile.errors import AdaKVError
-from adakv_compile.runtime.boundary import join
+from adakv_compile.runtime.boundary import join, wrap_grown
 from adakv_compile.runtime.compressed import CompressedKV
 from adakv_compile.runtime.errors import CacheError, CacheMismatchError, CropError, UnsupportedCacheOperation
 from tests.runtime.dense import conversation, random_entries
@@ -49,7 +51,7 @@ REFUSED: dict[str, Callable[[CompressedKV], object]] = {
     "copy_": lambda kv: kv.copy_(torch.ones(2, 3, 17, 8)),
     "copy_ from": lambda kv: torch.ones(2, 3, 17, 8).double().copy_(kv),
     "out": lambda kv: torch.add(torch.ones(2, 3, 17, 8).double(), 1, out=kv),
-    "foreach": lambda kv: torch._foreach_add([kv], 1),
+    "foreach": lambda kv: torch.ops.aten._foreach_add.Scalar([kv], 1),
     "prepend": lambda kv: torch.cat([torch.ones(2, 3, 1, 8).double(), kv], dim=2),
     "cat of rows": lambda kv: torch.cat([kv, kv]),
     "cat of heads": lambda kv: torch.cat([kv, kv], dim=1),
@@ -91,7 +93,7 @@ def test_other_operations_are_refused(what: str, inference: bool) -> None:
 def test_the_message_names_operation_shape_and_remedy() -> None:
     talk = conversation()
     with pytest.raises(AdaKVError) as caught:
-        talk.key * 2
+        _ = talk.key * 2
     message = str(caught.value)
     for part in ("aten.mul.Tensor", "[2, 3, 17, 8]", "backend='adakv'", ".dense()"):
         assert part in message
@@ -150,9 +152,10 @@ def test_zeroing_drops_every_entry_and_keeps_the_shape() -> None:
     [
         (lambda talk, other: (talk.value, talk.key), "exchanged"),
         (lambda talk, other: (talk.key, talk.key), "used twice"),
-        (lambda talk, other: (talk.key, other.value), "different layers, conversations or devices"),
+        (lambda talk, other: (talk.key, other.value[:, :, :-3]), "different layers, conversations or devices"),
         (lambda talk, other: (talk.key, talk.dense_value), "not compressed"),
         (lambda talk, other: (talk.key[:, :, 3:], talk.value), "different tokens"),
+        (lambda talk, other: (other.key[:, :, 3:], other.value[:, :, :-3]), "different tokens"),
         (lambda talk, other: (torch.cat([talk.key, talk.dense_key[:, :, :1]], 2), talk.value), "different tokens"),
         (lambda talk, other: (talk.key[torch.tensor([1, 0])], talk.value), "different layers, conversations"),
         (lambda talk, other: (talk.key.float(), talk.value), "different layers, conversations or devices"),
@@ -162,7 +165,11 @@ def test_zeroing_drops_every_entry_and_keeps_the_shape() -> None:
 def test_tensors_that_do_not_belong_together(
     change: Callable[..., tuple[torch.Tensor, torch.Tensor]], reason: str
 ) -> None:
-    key, value = change(conversation(0), conversation(1))
+    other = conversation(1)
+    grown = join(other.key, other.value, 3)
+    grown.append(*random_entries(2, 3, torch.float64, torch.Generator()))
+    views = wrap_grown(grown, 20)
+    key, value = change(conversation(0), replace(other, key=views[0], value=views[1]))
     with pytest.raises(CacheMismatchError, match=reason):
         join(key, value)
 
@@ -212,6 +219,14 @@ def test_composed_attention_is_refused_with_the_way_out() -> None:
         F.scaled_dot_product_attention(query, talk.key, talk.value, dropout_p=0.5)
     with torch.inference_mode():
         F.scaled_dot_product_attention(query, talk.key, talk.value, dropout_p=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "start"), [("keys", None, 0), ("key", 16, 0), ("key", 18, 0), ("key", 17, -1)]
+)
+def test_views_that_a_store_does_not_have(kind: Any, length: int | None, start: int) -> None:
+    with pytest.raises(ValueError, match="is not a view of LayerStore"):
+        CompressedKV(conversation().key.store, kind, length, start)
 
 
 def test_rows_out_of_range() -> None:

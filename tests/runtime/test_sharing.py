@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adakv_compile.runtime import store as store_module
+from adakv_compile.runtime import tail as tail_module
 from adakv_compile.runtime.boundary import join, wrap_grown
 from adakv_compile.runtime.errors import TailGrowthError
-from adakv_compile.runtime.store import FIRST_TAIL_CAPACITY, LayerStore
+from adakv_compile.runtime.store import LayerStore
+from adakv_compile.runtime.tail import FIRST_TAIL_CAPACITY
 from tests.runtime.dense import Conversation, attention, check, conversation, random_entries
 
 
@@ -143,6 +144,17 @@ def test_eager_branches_before_any_attention() -> None:
         check(talk)
 
 
+def test_a_crop_of_what_was_just_appended_leaves_the_whole_alone() -> None:
+    talk = conversation()
+    new = random_entries(2, 4, torch.float64, torch.Generator().manual_seed(0))
+    whole = torch.cat([talk.key, new[0]], 2), torch.cat([talk.value, new[1]], 2)
+    cropped = tuple(tensor[:, :, :-2] for tensor in whole)
+    join(*cropped)
+    join(*whole)
+    assert torch.equal(whole[0].dense()[0][:, :, -4:], new[0])
+    assert torch.equal(cropped[0].dense()[0][:, :, -2:], new[0][:, :, :2])
+
+
 def test_sliding_window_in_eager_mode_stays_bounded_and_in_place() -> None:
     window, talk = 9, conversation(length=17)
     key, value = talk.key[:, :, -window + 1 :], talk.value[:, :, -window + 1 :]
@@ -223,7 +235,7 @@ def test_a_failed_growth_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPa
         def out_of_memory(*_: object) -> torch.Tensor:
             raise RuntimeError("can't allocate memory")
 
-        patch.setattr(store_module, "_tail", out_of_memory)
+        patch.setattr(tail_module, "new_tail", out_of_memory)
         with pytest.raises(TailGrowthError, match=r"cpu for the 65 tokens .* as it was .* free"):
             join(talk.key, talk.value, 1)
     assert talk.key.store.capacity == FIRST_TAIL_CAPACITY
@@ -232,14 +244,14 @@ def test_a_failed_growth_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPa
 
 def test_a_tail_that_cannot_double_grows_by_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     talk = _step(conversation(), 0, tokens=FIRST_TAIL_CAPACITY)
-    real = store_module._tail
+    real = tail_module.new_tail
 
     def scarce(prefix: torch.Tensor, heads: int, capacity: int) -> torch.Tensor:
         if capacity > 100:
             raise RuntimeError("can't allocate memory")
         return real(prefix, heads, capacity)
 
-    monkeypatch.setattr(store_module, "_tail", scarce)
+    monkeypatch.setattr(tail_module, "new_tail", scarce)
     talk = _step(talk, 1, tokens=2)
     assert talk.key.store.capacity == FIRST_TAIL_CAPACITY + 2
     check(talk)
