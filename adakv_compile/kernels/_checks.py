@@ -41,9 +41,7 @@ def check_grouped(op: str, num_query_heads: int, num_kv_heads: int) -> None:
         ValueError: The query heads do not divide over the KV heads.
     """
     if num_query_heads % num_kv_heads:
-        raise ValueError(
-            f"{op}: query heads {num_query_heads} not a multiple of KV heads {num_kv_heads}"
-        )
+        raise ValueError(f"{op}: query heads {num_query_heads} not a multiple of KV heads {num_kv_heads}")
 
 
 def check_mask(
@@ -59,9 +57,7 @@ def check_mask(
     """
     if mask is not None:
         sizes = mask.shape
-        if len(sizes) != 4 or any(
-            size not in (1, want) for size, want in zip(sizes[:3], query.shape[:3], strict=True)
-        ):
+        if len(sizes) != 4 or any(size not in (1, want) for size, want in zip(sizes[:3], query.shape[:3], strict=True)):
             raise ValueError(
                 f"{op}: mask has shape {list(sizes)}; expected [{query.shape[0]} or 1, "
                 f"{query.shape[1]} or 1, {query.shape[2]} or 1, columns]"
@@ -70,8 +66,6 @@ def check_mask(
             raise ValueError(f"{op}: mask is {mask.dtype}; expected bool or a float to be added")
     if padding is not None:
         if padding.dim() != 2 or padding.shape[0] not in (1, query.shape[0]):
-            raise ValueError(
-                f"{op}: padding has shape {list(padding.shape)}; expected [{query.shape[0]}, columns]"
-            )
+            raise ValueError(f"{op}: padding has shape {list(padding.shape)}; expected [{query.shape[0]}, columns]")
         if padding.dtype != torch.bool:
             raise ValueError(f"{op}: padding is {padding.dtype}; expected torch.bool")

@@ -1,4 +1,4 @@
-"""What a query sees of entries whose positions are data: the causal and sliding rules, or the model's mask, looked up."""
+"""What a query sees of entries whose positions are data: the causal and sliding rules, or a mask that is looked up."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ class Visibility:
         """Return the same rule for ``rows`` queries from ``start`` on."""
         return dataclasses.replace(self, start=start, rows=rows)
 
-    def hide(
-        self, logits: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor, past: bool
-    ) -> torch.Tensor:
+    def hide(self, logits: torch.Tensor, owner: torch.Tensor, positions: torch.Tensor, past: bool) -> torch.Tensor:
         """Give what a query does not see the logit ``-inf``, in place.
 
         Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Case:
         """Logical length after the call."""
         return int(self.cursor.sum()) + self.query.shape[2]
 
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(self) -> tuple[Any, ...]:
         """The arguments of ``decode_attention_v1``, its mutated ones cloned."""
         clone = dataclasses.replace(
             self,
@@ -46,7 +47,7 @@ class Case:
         )
         return tuple(getattr(clone, field.name) for field in dataclasses.fields(clone))
 
-    def extend_arguments(self, policy: Policy, evict: bool = True) -> tuple[object, ...]:
+    def extend_arguments(self, policy: Policy, evict: bool = True) -> tuple[Any, ...]:
         """The arguments of ``extend_v1``."""
         values = list(self.arguments())
         tail_length, prefix_length = self.cursor.tolist()

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import adakv_compile.kernels as kernels
 from adakv_compile.policy import Policy
 from tests.kernels.cases import ragged_case
 
+SPECS = [getattr(kernels, name).SPEC for name in kernels.__all__]
 POLICY = Policy(budget=12, window=4).encode()
 PYRAMID = Policy(method="ada-pyramid", budget=0.3, window=4, layer=1, num_layers=2).encode()
 CASE = ragged_case([[4, 20, 0], [9, 9, 6]], prefix_length=40, poison=False)
@@ -38,7 +40,7 @@ def prefill(policy: str, padded: bool, window: int | None) -> dict[str, tuple[An
     }
 
 
-SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
+PREFILL_SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
     f"{name}-{label}": (name, arguments)
     for label, options in {
         "plain": (POLICY, False, None),
@@ -48,7 +50,7 @@ SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
     }.items()
     for name, arguments in prefill(*options).items()
 }
-SAMPLES |= {
+SAMPLES = PREFILL_SAMPLES | {
     "decode-plain": ("decode_attention_v1", CASE.arguments()),
     "decode-masked": ("decode_attention_v1", MASKED.arguments()),
     "decode-long": ("decode_attention_v1", LONG.arguments()),
@@ -80,7 +82,8 @@ def test_fakes_describe_results_exactly(sample: str) -> None:
         return operator(**given, **constant)
 
     graph = make_fx(call_with, tracing_mode="symbolic")(*sizes)
-    environment = graph.shape_env  # pyright: ignore[reportAttributeAccessIssue]
+    environment = graph.shape_env
+    assert environment is not None
     assert [str(guard.expr) for guard in environment.guards] == []
     (call,) = [node for node in graph.graph.nodes if node.target is operator]
     results = operator(*clone(arguments))
@@ -92,15 +95,14 @@ def test_fakes_describe_results_exactly(sample: str) -> None:
 
 
 def test_registration_covers_the_dialect() -> None:
-    specs = [getattr(kernels, name).SPEC for name in kernels.__all__]
-    assert sorted(spec.name for spec in specs) == [
+    assert sorted(spec.name for spec in SPECS) == [
         "compact_v1",
         "decode_attention_v1",
         "extend_v1",
         "observe_v1",
         "select_v1",
     ]
-    for spec in specs:
+    for spec in SPECS:
         operator = getattr(torch.ops.adakv, spec.name).default
         assert torch.Tag.pt2_compliant_tag in operator.tags
 
@@ -115,3 +117,35 @@ def tuples(results: Any) -> tuple[torch.Tensor, ...]:
 
 def concrete(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else size.node.hint
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_no_implementation_for_any_device_reads_a_tensor_on_the_host(sample: str) -> None:
+    """Fake tensors have no data: whatever asks for a value, or makes a shape of one, raises."""
+    name, arguments = SAMPLES[sample]
+    (spec,) = [spec for spec in SPECS if spec.name == name]
+    expected = tuples(getattr(torch.ops.adakv, name).default(*clone(arguments)))
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in arguments]
+        results = tuples(spec.portable(*fakes))
+    assert [result.shape for result in results] == [result.shape for result in expected]
+    assert [result.stride() for result in results] == [result.stride() for result in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_the_same_on_a_gpu_without_waiting_for_it(sample: str) -> None:
+    name, arguments = SAMPLES[sample]
+    operator = getattr(torch.ops.adakv, name).default
+    expected = tuples(operator(*clone(arguments)))
+    moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments]
+    operator(*clone(tuple(moved)))
+    fresh = clone(tuple(moved))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = tuples(operator(*fresh))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for result, truth in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.cpu(), truth, rtol=1e-3, atol=1e-3)

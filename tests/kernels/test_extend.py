@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-import adakv_compile.kernels  # noqa: F401
 from adakv_compile.policy import Policy, layer_budget, select
 from tests.kernels.cases import Case, Dense, dense, ragged_case
 from tests.kernels.tolerances import assert_near

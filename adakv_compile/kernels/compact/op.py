@@ -27,9 +27,7 @@ def _fake(
 
 
 SPEC = OpSpec(
-    schema=(
-        "compact_v1(Tensor key, Tensor value, Tensor positions, Tensor offsets) -> (Tensor keys, Tensor values)"
-    ),
+    schema=("compact_v1(Tensor key, Tensor value, Tensor positions, Tensor offsets) -> (Tensor keys, Tensor values)"),
     portable=compact,
     fake=_fake,
 )

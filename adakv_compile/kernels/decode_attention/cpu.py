@@ -57,8 +57,7 @@ def decode_attention_cpu(
     end = length + count
     if end > tail_keys.shape[2]:
         raise ValueError(
-            f"decode_attention: {length} tail entries and {count} new ones exceed the capacity "
-            f"{tail_keys.shape[2]}"
+            f"decode_attention: {length} tail entries and {count} new ones exceed the capacity {tail_keys.shape[2]}"
         )
     tail_keys[:, :, length:end] = key_new
     tail_values[:, :, length:end] = value_new
@@ -79,9 +78,7 @@ def decode_attention_cpu(
         prefix_bias = _bias(visibility, positions, keys.dtype)
         tail_bias = _bias(visibility, after.expand(batch, end), keys.dtype)
     rows = (query * scale).reshape(batch, num_heads, -1, query.shape[3])
-    output = _attend_heads(
-        rows, keys, values, offsets, tail_keys, tail_values, prefix_bias, tail_bias
-    )
+    output = _attend_heads(rows, keys, values, offsets, tail_keys, tail_values, prefix_bias, tail_bias)
     return output.view(*query.shape[:3], -1)
 
 
@@ -133,12 +130,10 @@ def _attend_heads(
     Returns:
         ``[B * H, G, Dv]`` in the dtype of the query; zeros where nothing is visible.
     """
-    batch, num_heads, group, key_dim = query.shape
+    batch, num_heads, group, _ = query.shape
     slots, tail = keys.shape[1], tail_keys.shape[2]
     # Sizes of the heads of each row, then of its unused slots.
-    sizes = [
-        right - left for row in offsets.tolist() for left, right in pairwise((*row, slots))
-    ]
+    sizes = [right - left for row in offsets.tolist() for left, right in pairwise((*row, slots))]
     parts = [
         (part - part // (num_heads + 1), part, size)
         for part, size in enumerate(sizes)

@@ -6,21 +6,23 @@
 | `key_new`        | `[B, Hkv, T, Dk]` model        | any strides                                                |
 | `value_new`      | `[B, Hkv, T, Dv]` model        | any strides                                                |
 | `keys`, `values` | `[B, N, Dk]`, `[B, N, Dv]`     | kept entries, contiguous; read                             |
-| `offsets`        | `[B, Hkv + 1]` int32           | head `h` of row `b` is `offsets[b, h] .. offsets[b, h + 1] - 1`; the rest is never used |
+| `offsets`        | `[B, Hkv + 1]` int32           | head `h` of row `b`: `offsets[b, h]` to `offsets[b, h + 1]` |
 | `positions`      | `[B, N]` int32                 | position of every kept entry, below `cursor[1]`            |
-| `tail_keys`, `tail_values` | `[B, Hkv, C, D*]` model | **mutated**: entries `cursor[0] .. cursor[0] + T - 1` are written; capacity is the caller's promise |
-| `cursor`         | `[2]` int32                    | **mutated**: tail entries in use (`+= T`), position of tail entry 0 |
-| `mask`           | `[B or 1, 1 or Hq, T or 1, M]` bool or float, or None | replaces the causal and sliding rules; floats are added to the logits |
+| `tail_keys`      | `[B, Hkv, C, Dk]` model        | **mutated**, contiguous: `T` entries written at `cursor[0]` |
+| `tail_values`    | `[B, Hkv, C, Dv]` model        | **mutated**, likewise                                      |
+| `cursor`         | `[2]` int32                    | **mutated**: tail entries in use; position of tail entry 0 |
+| `mask`           | `[B or 1, 1 or Hq, T or 1, M]` | bool, or float to be added, or None                        |
 | `padding`        | `[B or 1, M]` bool, or None    | True for real tokens; on top of the rule or the mask       |
 | `scale`          | float                          | factor on the logits                                       |
 | `sliding_window` | int or None                    | keys a query sees, its own included                        |
 | result           | `[B, Hq, T, Dv]` model         | contiguous, newly allocated; zeros for a query that sees nothing |
 
-`P = cursor[0] + cursor[1]` before the call; tail entry `i` has position `cursor[1] + i` in every row and head. Without
-a mask a query sees positions up to its own (causal) and above `P + t - sliding_window`. Column `c` of a mask is
-position `P + T - M + c`: the last one is the newest token, and what lies before the first is invisible. No tensor
-overlaps another. Lengths are device tensors: no step waits for the device. Softmax is float32. Cost: each entry is read
-once for the whole query group.
+`P = cursor[0] + cursor[1]` before the call, which adds `T` to `cursor[0]`; `cursor[0] + T <= C` is the caller's
+promise. Tail entry `i` has position `cursor[1] + i` in every row and head. A mask replaces the other rules; without one
+a query sees positions up to its own (causal) and above `P + t - sliding_window`. Column `c` of a mask is position `P +
+T - M + c`: the last one is the newest token, and what lies before the first is invisible. No tensor overlaps another.
+Lengths are device tensors: no step waits for the device. Softmax is float32. Cost: each entry is read once for the
+whole query group.
 """
 
 from __future__ import annotations

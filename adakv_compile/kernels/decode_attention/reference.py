@@ -78,9 +78,7 @@ def grouped_query(query: torch.Tensor, num_heads: int, scale: float) -> torch.Te
     return (query * scale).unflatten(1, (num_heads, -1)).flatten(0, 1)
 
 
-def attend_all(
-    entries: list[Entries], query: torch.Tensor, scale: float, visibility: Visibility
-) -> torch.Tensor:
+def attend_all(entries: list[Entries], query: torch.Tensor, scale: float, visibility: Visibility) -> torch.Tensor:
     """Attend with all queries ``[B, Hq, T, D]``, in blocks where the transients would be large.
 
     Returns:

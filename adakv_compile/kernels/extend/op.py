@@ -15,9 +15,9 @@
 The new prefix covers positions up to `L = prefix_length + tail_length + T` and starts a fresh tail there. Scores: the
 attention of the last `min(window, T)` queries to everything held, in float32, mean over the window's real tokens, mean
 or max over the query group; pooling goes by position, and evicted neighbours are absent. The last `window` positions
-stay, and entries that are padding, or that a sliding window hides from every later query, go. A row keeps
-`Hkv * layer_budget(policy, n)` entries, `n` its real tokens (with a sliding window: of the last `sliding_window - 1`),
-or all it holds if that is less. `N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length + T))`, with
+stay, and entries that are padding, or that a sliding window hides from every later query, go. A row keeps `Hkv *
+layer_budget(policy, n)` entries, `n` its real tokens (with a sliding window: of the last `sliding_window - 1`), or all
+it holds if that is less. `N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length + T))` (at least 2), with
 `layer_capacity` in place of `layer_budget` if there is padding (see `select_v1`) and `L` limited as `n` is; without
 eviction the second term. All results are contiguous and newly allocated.
 """
@@ -55,9 +55,7 @@ def _fake(
     value_dim = value_new.shape[3]
     fresh = tail_length + count
     length = prefix_length + fresh
-    slots = extended_slots(
-        policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict
-    )
+    slots = extended_slots(policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict)
     return (
         query.new_empty((*query.shape[:3], value_dim)),
         keys.new_empty((batch, slots, key_dim)),

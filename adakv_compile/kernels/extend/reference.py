@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from adakv_compile.kernels._checks import check_mask
@@ -46,11 +48,11 @@ def extended_slots(
         padded: Whether the call has a padding mask.
         evict: As in the op.
     """
-    everything = slots + num_heads * fresh
-    if not evict:
-        return torch.sym_max(everything, 2)
-    budget = capacity(Policy.decode(policy), num_heads, length, sliding_window, padded)
-    return torch.sym_max(torch.sym_min(budget, everything), 2)
+    room: Any = slots + num_heads * fresh
+    if evict:
+        budget = capacity(Policy.decode(policy), num_heads, length, sliding_window, padded)
+        room = torch.sym_min(budget, room)
+    return cast("int", torch.sym_max(room, 2))
 
 
 def extend(
@@ -73,9 +75,7 @@ def extend(
     evict: bool,
 ) -> Extended:
     """Attend, then compress; see :mod:`adakv_compile.kernels.extend.op`."""
-    check_attention(
-        "extend", query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values
-    )
+    check_attention("extend", query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask("extend", query, mask, padding)
     num_heads, count = key_new.shape[1:3]
     dense_keys = torch.cat((tail_keys[:, :, :tail_length], key_new), 2)
@@ -95,9 +95,7 @@ def extend(
     valid = source >= 0
     if real is not None:
         valid &= real[:, None]
-    slots = extended_slots(
-        policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict
-    )
+    slots = extended_slots(policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict)
     if evict:
         live = length if sliding_window is None else min(length, sliding_window - 1)
         valid[..., : length - live] = False
@@ -105,9 +103,7 @@ def extend(
         scores = _scores(rules, entries, query, scale, visibility, valid.shape, real)
         order = torch.arange(length, device=keys.device)
         tokens = (
-            torch.full((keys.shape[0],), live, device=keys.device)
-            if real is None
-            else real[:, length - live :].sum(-1)
+            torch.full((keys.shape[0],), live, device=keys.device) if real is None else real[:, length - live :].sum(-1)
         )
         valid = select_entries(
             rules,
@@ -133,9 +129,7 @@ def extend(
     )
 
 
-def _sources(
-    offsets: torch.Tensor, positions: torch.Tensor, prefix_length: int, fresh: int
-) -> torch.Tensor:
+def _sources(offsets: torch.Tensor, positions: torch.Tensor, prefix_length: int, fresh: int) -> torch.Tensor:
     """Return where the entry of each position is stored, ``[B, H, length]`` int64, -1 where it was evicted.
 
     An index counts through the old prefix and then through the dense entries of head 0, head 1, ...
@@ -148,9 +142,7 @@ def _sources(
     head = head_of_slots(offsets, slots)
     # Unused slots hold arbitrary positions.
     position = positions.masked_fill(head == num_heads, 0)
-    table.scatter_(
-        1, head * prefix_length + position, torch.arange(slots, device=device).expand(batch, slots)
-    )
+    table.scatter_(1, head * prefix_length + position, torch.arange(slots, device=device).expand(batch, slots))
     old = table.unflatten(1, (num_heads + 1, prefix_length))[:, :num_heads]
     new = torch.arange(slots, slots + num_heads * fresh, device=device).view(num_heads, fresh)
     return torch.cat((old, new.expand(batch, num_heads, fresh)), 2)

@@ -19,7 +19,8 @@ def observe(
     policy: str,
 ) -> torch.Tensor:
     """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`."""
-    batch, num_heads, length, dim = _checked(query, key, padding)
+    _check(query, key, padding)
+    batch, num_heads, length, _ = key.shape
     rules = Policy.decode(policy)
     # Window row ``r`` sits at key ``length - window + r``; queries before the first key see nothing that is held.
     window = min(rules.window, query.shape[2], length)
@@ -46,18 +47,12 @@ def observe(
     )
 
 
-def _checked(
-    query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None
-) -> tuple[int, int, int, int]:
+def _check(query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None) -> None:
     check_shape("observe", "query", query, (None, None, None, None))
     check_shape("observe", "key", key, (query.shape[0], None, None, query.shape[3]))
     check_like("observe", query, key=key)
     check_grouped("observe", query.shape[1], key.shape[1])
     if padding is not None:
-        check_shape(
-            "observe", "padding", padding, (None if padding.shape[0] == 1 else query.shape[0], key.shape[2])
-        )
+        check_shape("observe", "padding", padding, (None if padding.shape[0] == 1 else query.shape[0], key.shape[2]))
         if padding.dtype != torch.bool:
             raise ValueError(f"observe: padding is {padding.dtype}; expected torch.bool")
-    batch, num_heads, length, dim = key.shape
-    return batch, num_heads, length, dim

@@ -1,18 +1,19 @@
 """``adakv::select_v1``: which entries every head keeps.
 
-| argument         | shape, dtype                | meaning                                                       |
-|------------------|-----------------------------|---------------------------------------------------------------|
-| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v1` gives them                        |
-| `padding`        | `[B or 1, L]` bool, or None | True for real tokens; others are never kept nor counted       |
-| `sliding_window` | int or None                 | entries at `L - sliding_window` and before are never kept: no later query sees them |
-| `policy`         | str                         | `Policy.encode()`                                             |
-| result 0         | `[B, N]` int32              | positions in `0..L - 1`, heads back to back, ascending inside a head; newly allocated, contiguous |
+| argument         | shape, dtype                | meaning                                                         |
+|------------------|-----------------------------|-----------------------------------------------------------------|
+| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v1` gives them                          |
+| `padding`        | `[B or 1, L]` bool, or None | True for real tokens; others are never kept nor counted         |
+| `sliding_window` | int or None                 | keys a query sees, its own included                             |
+| `policy`         | str                         | `Policy.encode()`                                               |
+| result 0         | `[B, N]` int32              | positions, heads back to back, ascending inside a head          |
 | result 1         | `[B, H + 1]` int32          | head `h` of row `b` is `offsets[b, h] .. offsets[b, h + 1] - 1` |
 
-`N = H * layer_budget(policy, n)`, `n = L` or `min(L, sliding_window - 1)`, is known without reading a tensor; a row of
-`n_b` real tokens keeps exactly `H * layer_budget(policy, n_b)` entries. Slots past `offsets[b, -1]` hold position 0 and
-are never read. With `padding` and a pyramid, a short row may keep more than a long one; then
-`N = H * layer_capacity(policy, n)`.
+`N = max(2, H * layer_budget(policy, n))` is known without reading a tensor; `n` is `L`, with a sliding window at most
+`sliding_window - 1`: what no later query sees, positions up to `L - sliding_window`, is never kept. A row with `n_b`
+real tokens (of those `n`) keeps exactly `H * layer_budget(policy, n_b)` entries. With `padding` and a pyramid, a short
+row may keep more than a long one; then `N = max(2, H * layer_capacity(policy, n))`. Slots past `offsets[b, -1]` hold
+position 0 and are never read. Both results are contiguous and newly allocated.
 """
 
 from __future__ import annotations

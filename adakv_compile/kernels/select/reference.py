@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from adakv_compile.kernels._checks import check_shape
@@ -11,19 +13,16 @@ from adakv_compile.policy import select as select_entries
 __all__ = ["capacity", "pack", "select"]
 
 
-def capacity(
-    policy: Policy, num_heads: int, length: int, sliding_window: int | None, padded: bool
-) -> int:
+def capacity(policy: Policy, num_heads: int, length: int, sliding_window: int | None, padded: bool) -> int:
     """Return the entries to make room for in a row, the ``N`` of the store; sizes may be symbolic.
 
     The lower bound of 2 matters only for one KV head that keeps one entry. With it, PyTorch knows that the size is
     not one of those it specialises on, and adds no guard.
     """
-    if sliding_window is not None:
-        length = torch.sym_min(length, sliding_window - 1)
+    reachable: Any = length if sliding_window is None else torch.sym_min(length, sliding_window - 1)
     # The upper layers of a pyramid keep a short row whole and less than that of a long one.
-    budget = (layer_capacity if padded else layer_budget)(policy, length)
-    return torch.sym_max(num_heads * budget, 2)
+    budget = (layer_capacity if padded else layer_budget)(policy, reachable)
+    return cast("int", torch.sym_max(num_heads * budget, 2))
 
 
 def pack(keep: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
