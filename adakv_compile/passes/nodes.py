@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adakv_compile.report import SourceLine
 
-__all__ = ["arg", "same_size", "shape_of", "skip_no_ops", "source_line", "static_int"]
+__all__ = ["arg", "same_layout", "same_size", "shape_of", "skip_no_ops", "source_line", "static_int"]
 
 aten = torch.ops.aten
 
@@ -47,6 +47,13 @@ def arg(node: fx.Node, position: int, name: str, default: object = None) -> obje
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Tell whether two sizes are provably equal; adds no guard."""
     return statically_known_true(a == b)
+
+
+def same_layout(a: fx.Node, b: fx.Node) -> bool:
+    """Tell whether two values of one shape provably lie in memory alike; dimensions of size one don't matter."""
+    first, second = a.meta["val"], b.meta["val"]
+    pairs = zip(first.shape, first.stride(), second.stride(), strict=True)
+    return all((isinstance(size, int) and size == 1) or same_size(x, y) for size, x, y in pairs)
 
 
 def static_int(size: object) -> int | None:

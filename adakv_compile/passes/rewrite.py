@@ -27,7 +27,7 @@ from adakv_compile.call import (
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.cache import CacheUpdate
-from adakv_compile.passes.nodes import same_size, shape_of, static_int
+from adakv_compile.passes.nodes import same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.plan import Action, Plan, PlannedSite
 
@@ -147,6 +147,7 @@ class _Rewriter:
                 ),
                 like=site.node,
             )
+            out = self._in_layout_of(out, site.node)
         site.node.replace_all_uses_with(out)
         for update, kind in _kinds(planned):
             for slot in update.slots:
@@ -176,6 +177,7 @@ class _Rewriter:
             )
             out, *stored = (self._call(operator.getitem, (result, i), like=site.node) for i in range(5))
             tokens = self._length(planned.key.new)
+            out = self._in_layout_of(out, site.node)
         site.node.replace_all_uses_with(out)
         fixed = self._fixed_length(planned, planned.key)
         keys, values, offsets, positions = stored
@@ -183,16 +185,31 @@ class _Rewriter:
 
     # -- pieces -----------------------------------------------------------------------------------------------------
 
-    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
         """Add a call whose fake value comes from the operator itself, with the provenance of ``like``."""
-        node = self.graph.call_function(target, args)
+        node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg(args, lambda source: source.meta["val"])
         with self.program.fake_mode:
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **kwargs)
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             if name in like.meta:
                 node.meta[name] = like.meta[name]
         return node
+
+    def _in_layout_of(self, out: fx.Node, like: fx.Node) -> fx.Node:
+        """Give an attention's output the memory layout that the graph's later views were traced for.
+
+        Raises:
+            RuntimeError: The layout is neither ``[B, H, T, D]`` nor ``[B, T, H, D]`` in memory.
+        """
+        if same_layout(out, like):
+            return out
+        rows = self._call(aten.transpose.int, (out, 1, 2), like=like)
+        rows = self._call(aten.clone.default, (rows,), like=like, memory_format=torch.contiguous_format)
+        out = self._call(aten.transpose.int, (rows, 1, 2), like=like)
+        if not same_layout(out, like):
+            raise RuntimeError(f"the attention {like.name} has strides {like.meta['val'].stride()}")
+        return out
 
     def _without_empty_past(self, update: CacheUpdate) -> fx.Node:
         """Return what the caller keeps, after replacing ``cat([empty, new])`` by ``new``."""
