@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 import adakv_compile
 from benchmarks.retriever import corpus, model
@@ -64,7 +65,7 @@ class Outcome:
         agnostic: Answers with the document compressed before any question.
         bytes_held: KV-cache bytes of one document.
         bytes_dense: What the full cache would hold.
-        head_lengths: Entries kept by every head for every question `[Q, layers, Hkv]`.
+        head_lengths: Entries of the prompt kept by every head for every question `[Q, layers, Hkv]`.
         seconds: Time, compilation included.
     """
 
@@ -166,7 +167,11 @@ def run(scene: Scene, method: str | None, budget: int | None) -> Outcome:
         held = sum(t.numel() * t.element_size() for layer in caches[0].layers for t in (layer.keys, layer.values))
         return Outcome(_FULL, None, aware, agnostic, held, held, None, seconds)
     stats = [adakv_compile.cache_stats(cache) for cache in caches]
-    lengths = torch.stack([torch.stack([layer.head_lengths[0].cpu() for layer in s.layers]) for s in stats])
+    # Generated tokens are kept by every head; what the heads differ in is what they kept of the prompt.
+    prompt = scene.document.shape[1] + scene.questions.shape[1]
+    lengths = torch.stack(
+        [torch.stack([layer.head_lengths[0] - (layer.logical_length - prompt) for layer in s.layers]) for s in stats]
+    )
     held, dense = stats[0].bytes_held, stats[0].bytes_dense
     return Outcome(_METHODS[method], budget, aware, agnostic, held, dense, lengths, seconds)
 
@@ -261,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/demo-heads.png"))
     options = parser.parse_args(arguments)
 
+    transformers_logging.disable_progress_bar()
     console = Console()
     budgets = options.budgets or [round(options.length * share) for share in _BUDGET_SHARES]
     scene = build_scene(options.length, facts=options.facts, questions=options.questions, seed=options.seed)
@@ -275,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(_details(outcomes, scene, budget=budgets[-1], aware=False))
     console.print(_summary(outcomes, scene))
     console.print("SnapKV gives every head the same budget, Ada-SnapKV divides the same total by need.")
+    console.print("Bytes held include bookkeeping and room for new tokens, which weigh most at small budgets.")
     _draw(outcomes, options.out)
     console.print(f"Entries per head: {options.out}")
     console.print("One document is an anecdote: a difference of one or two answers is not evidence for a method.")
