@@ -73,7 +73,9 @@ def _fit(value: float, dtype: torch.dtype) -> float:
 
 def _is_exact(value: float, dtype: torch.dtype) -> bool:
     """Tell whether arithmetic in double precision with this number is arithmetic in ``dtype``."""
-    return abs(value) >= torch.finfo(dtype).max or (value.is_integer() and abs(value) <= _EXACT)
+    # Eight binary digits, of which up to four behind the point.
+    short = (value * 16).is_integer() and abs(value) * 16 <= _EXACT
+    return short or abs(value) >= torch.finfo(dtype).max or (value.is_integer() and abs(value) <= _EXACT)
 
 
 def float_arithmetic(

@@ -35,7 +35,7 @@ from adakv_compile.symbolic.expr import (
     show,
     total,
 )
-from adakv_compile.symbolic.mask import MaskKind, MaskProof, Offset
+from adakv_compile.symbolic.mask import MaskKind, MaskProof, Offset, PaddingFact
 from adakv_compile.symbolic.padding import read_padding
 from adakv_compile.symbolic.read import Leaf
 from adakv_compile.symbolic.refuse import NotProvedError
@@ -68,13 +68,23 @@ class Geometry:
         return self.queries == 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """``(c + shift) // length`` equals ``(t + query_shift) // length``, or for a single query the number ``index``."""
+
+    length: int
+    shift: sympy.Expr
+    query_shift: Expr | None
+    index: int | None
+
+
 @dataclass(slots=True)
 class _Facts:
     """What the conjuncts said, before they are put together. Bounds are index expressions without ``q`` and ``kv``."""
 
     upper: list[Expr] = field(default_factory=list[Expr])
     lower: list[Expr] = field(default_factory=list[Expr])
-    chunks: list[tuple[int, sympy.Expr, Expr]] = field(default_factory=list[tuple[int, sympy.Expr, Expr]])
+    chunks: list[_Chunks] = field(default_factory=lambda: list[_Chunks]())
     prefixes: list[tuple[sympy.Expr, Expr | None]] = field(default_factory=list[tuple[sympy.Expr, Expr | None]])
     padding: list[Expr] = field(default_factory=list[Expr])
     steps: list[str] = field(default_factory=list[str])
@@ -100,12 +110,12 @@ def classify(
     facts = _Facts()
     for part in predicate.operands if isinstance(predicate, And) else (predicate,):
         _collect(part, geometry, facts)
-    if len(facts.padding) > 1:
+    paddings: list[PaddingFact] = []
+    for part in facts.padding:
+        paddings.append(read_padding(part, geometry.batch, geometry.keys, geometry.sizes, leaves, holder))
+        facts.steps.append(f"{show(part)}  is padding")
+    if len(paddings) > 1:
         raise NotProvedError("two different padding conditions", facts.padding[1])
-    padding = None
-    if facts.padding:
-        padding = read_padding(facts.padding[0], geometry.batch, geometry.keys, geometry.sizes, leaves, holder)
-        facts.steps.append(f"{show(facts.padding[0])}  is padding")
     proof = _combine(facts, geometry, predicate)
     return MaskProof(
         kind=proof.kind,
@@ -114,7 +124,7 @@ def classify(
         chunk=proof.chunk,
         chunk_shift=proof.chunk_shift,
         prefix=proof.prefix,
-        padding=padding,
+        padding=paddings[0] if paddings else None,
         predicate=predicate,
         steps=tuple(facts.steps),
         sizes=geometry.sizes,
@@ -215,19 +225,23 @@ def _equality(part: Expr, difference: Expr, geometry: Geometry, facts: _Facts) -
         facts.lower.append(offset)
         facts.steps.append(f"{show(part)}  is a diagonal")
         return
+    index: int | None = None
     match divisions:
         case [(first, one), (second, other)] if {one, other} == {1, -1} and len(terms) == 2 and constant == 0:
             key, query = (first, second) if KEY in axes_of(first) else (second, first)
+        case [(key, sign)] if geometry.has_one_query and sign in (1, -1) and len(terms) == 1 and constant.is_Integer:
+            query, index = None, int(-sign * constant)  # pyright: ignore[reportArgumentType]
         case _:
             raise NotProvedError(_unknown(part), part)
     columns = _band(part, key.numerator)
-    rows = _band(part, query.numerator)
-    aligned = columns.key == 1 and columns.query == 0 and rows.key == 0
-    if key.divisor != query.divisor or not aligned or not isinstance(columns.rest, Size):
+    if columns.key != 1 or columns.query != 0 or not isinstance(columns.rest, Size):
         raise NotProvedError(_unknown(part), part)
-    if rows.query != 1 and not geometry.has_one_query:
+    rows = None if query is None else _band(part, query.numerator)
+    if rows is not None and (rows.key != 0 or (rows.query != 1 and not geometry.has_one_query)):
         raise NotProvedError(_unknown(part), part)
-    facts.chunks.append((key.divisor, columns.rest.value, rows.rest))
+    if query is not None and query.divisor != key.divisor:
+        raise NotProvedError(_unknown(part), part)
+    facts.chunks.append(_Chunks(key.divisor, columns.rest.value, None if rows is None else rows.rest, index))
     facts.steps.append(f"{show(part)}  keeps to chunks of {key.divisor}")
 
 
@@ -305,11 +319,17 @@ def _combine(facts: _Facts, geometry: Geometry, predicate: Expr) -> MaskProof:
 def _chunked(facts: _Facts, upper: Expr, geometry: Geometry, predicate: Expr) -> MaskProof:
     if len(facts.chunks) > 1 or facts.lower:
         raise NotProvedError("chunks together with another bound", predicate)
-    chunk, shift, query_shift = facts.chunks[0]
-    difference = add(add(upper, Size(shift)), query_shift, -1)
-    if not isinstance(difference, Size) or not geometry.sizes.equal(difference.value, 0):
+    chunks = facts.chunks[0]
+    first = add(upper, Size(chunks.shift))
+    if chunks.query_shift is None:
+        position = first.value if isinstance(first, Size) else sympy.nan
+        aligned = position.is_Integer and int(position) // chunks.length == chunks.index  # pyright: ignore[reportArgumentType]
+    else:
+        difference = add(first, chunks.query_shift, -1)
+        aligned = isinstance(difference, Size) and geometry.sizes.equal(difference.value, 0)
+    if not aligned:
         raise NotProvedError("chunks are counted from different positions for queries and keys", predicate)
-    return MaskProof(MaskKind.CHUNKED, offset=_plain(upper), chunk=chunk, chunk_shift=shift)
+    return MaskProof(MaskKind.CHUNKED, offset=_plain(upper), chunk=chunks.length, chunk_shift=chunks.shift)
 
 
 def _plain(offset: Expr) -> Offset:

@@ -44,7 +44,7 @@ def size_value(size: sympy.Expr | int, symbols: Mapping[str, int]) -> int:
     if isinstance(size, int):
         return size
     values = {symbol: sympy.Integer(symbols[str(symbol)]) for symbol in size.free_symbols}
-    return int(size.xreplace(values))
+    return int(size.xreplace(values))  # pyright: ignore[reportArgumentType]
 
 
 def evaluate(
@@ -146,7 +146,7 @@ def evaluate_proof(
         case MaskKind.UNPROVEN:
             raise ValueError("an unproven mask has no meaning to evaluate")
     if proof.padding is not None:
-        visible = visible & _padding_value(proof.padding, keys, leaves, symbols)
+        visible = visible & _padding_value(proof.padding, batch, keys, leaves, symbols)
     return visible
 
 
@@ -155,11 +155,10 @@ def _offset_value(offset: Offset, leaves: Mapping[str, torch.Tensor], symbols: M
 
 
 def _padding_value(
-    fact: PaddingFact, keys: int, leaves: Mapping[str, torch.Tensor], symbols: Mapping[str, int]
+    fact: PaddingFact, batch: int, keys: int, leaves: Mapping[str, torch.Tensor], symbols: Mapping[str, int]
 ) -> torch.Tensor:
     """Return bool ``[B or 1, 1, 1, kv]``."""
     tensor = leaves[fact.node.name]
     start = size_value(fact.column_offset, symbols)
-    sizes = [size for size in tensor.shape if size != 1] or [1]
-    rows = tensor.reshape(sizes[0] if len(sizes) > 1 else 1, -1)[:, start : start + keys]
+    rows = tensor.reshape([batch if fact.has_rows else 1, -1])[:, start : start + keys]
     return _RELATIONS[fact.relation](rows, torch.tensor(fact.value))[:, None, None, :]

@@ -38,8 +38,9 @@ class PaddingFact:
     """Which columns are real tokens: ``padding[b, c + column_offset] <relation> value``.
 
     Attributes:
-        node: The padding tensor, ``[B, n]`` up to dimensions of size one anywhere (``B`` may be missing or one: then
-            it holds for every row). Of any dtype; what makes a real token is the relation.
+        node: The padding tensor, of any dtype, with the columns in its last real dimension: ``reshape([B, -1])`` when it
+            has rows, else ``reshape([1, -1])``, puts it into the form that is indexed above.
+        has_rows: Whether there is a row for every row of the batch; if not, the only one holds for all.
         column_offset: Column ``c`` of the mask reads column ``c + column_offset`` of the tensor; never negative.
         relation: How an element is compared.
         value: What it is compared with. A boolean padding has ``eq`` and ``True`` (``False`` when it is inverted).
@@ -48,6 +49,7 @@ class PaddingFact:
     """
 
     node: fx.Node
+    has_rows: bool
     column_offset: sympy.Expr
     relation: PaddingRelation
     value: bool | int | float
@@ -60,7 +62,7 @@ class PaddingFact:
 
     def __str__(self) -> str:
         offset = "" if self.column_offset == 0 else f" + {self.column_offset}"
-        return f"{self.node.name}[b, c{offset}] {self.relation} {self.value}"
+        return f"{self.node.name}[{'b' if self.has_rows else '0'}, c{offset}] {self.relation} {self.value}"
 
 
 @dataclass(frozen=True, slots=True)

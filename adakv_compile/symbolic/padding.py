@@ -64,8 +64,9 @@ def read_padding(
         NotProvedError: It is something else, or reads other rows or columns.
     """
     load, relation, value = _comparison(part)
-    offset = _column_offset(part, load, leaves[load.leaf].node, batch, keys, sizes)
-    return PaddingFact(leaves[load.leaf].node, offset, relation, value, holder(part))
+    node = leaves[load.leaf].node
+    has_rows, offset = _indexing(part, load, shape_of(node), batch, keys, sizes)
+    return PaddingFact(node, has_rows, offset, relation, value, holder(part))
 
 
 def _comparison(part: Expr) -> tuple[Load, PaddingRelation, bool | int | float]:
@@ -99,13 +100,21 @@ def _integer_comparison(part: Expr, relation: PaddingRelation, difference: Expr)
             raise NotProvedError(f"{show(part)} isn't a comparison of one element with a number", part)
 
 
-def _column_offset(
-    part: Expr, load: Load, node: fx.Node, batch: int | torch.SymInt, keys: sympy.Expr, sizes: Sizes
-) -> sympy.Expr:
-    """Prove that an element is chosen by the batch row and, shifted by the result, the key's column."""
+def _indexing(
+    part: Expr,
+    load: Load,
+    shape: tuple[int | torch.SymInt, ...],
+    batch: int | torch.SymInt,
+    keys: sympy.Expr,
+    sizes: Sizes,
+) -> tuple[bool, sympy.Expr]:
+    """Prove that an element is chosen by the batch row, if at all, and the key's column plus an offset; return both."""
     if QUERY in axes_of(load):
         raise NotProvedError(f"{show(part)} depends on the query as well", part)
-    indexed = [(index, size) for index, size in zip(load.index, shape_of(node), strict=True) if not _is_one(size)]
+    indexed = [(index, size) for index, size in zip(load.index, shape, strict=True) if not _is_one(size)]
+    if keys == 1 and len(shape) > 1 and _is_one(shape[-1]):
+        # One key, and a padding of one column: the dimension of the columns is of size one as well.
+        indexed.append((Size(sympy.Integer(0)), 1))
     if not indexed:
         raise NotProvedError(f"{show(part)} is one condition for all keys", part)
     *rows, (column, _) = indexed
@@ -115,9 +124,9 @@ def _column_offset(
         raise NotProvedError(f"{show(part)} isn't indexed by the key's column", part)
     match rows:
         case []:
-            return offset
+            return False, offset
         case [(Iota(axis), size)] if axis == BATCH and sizes.equal(size, batch):
-            return offset
+            return True, offset
         case [(Size(), _)]:
             raise NotProvedError(f"{show(part)} uses one row of padding for every row of the batch", part)
         case _:

@@ -9,6 +9,15 @@ import sympy
 import torch
 from torch import fx
 
+from adakv_compile.symbolic.arithmetic import (
+    WIDE_INTEGERS,
+    cast,
+    comparand,
+    fits_every_dtype,
+    float_arithmetic,
+    integer_product,
+    too_many,
+)
 from adakv_compile.symbolic.expr import (
     Abs,
     And,
@@ -27,15 +36,6 @@ from adakv_compile.symbolic.expr import (
     scale,
 )
 from adakv_compile.symbolic.movement import MOVEMENT
-from adakv_compile.symbolic.arithmetic import (
-    WIDE_INTEGERS,
-    cast,
-    comparand,
-    fits_every_dtype,
-    float_arithmetic,
-    integer_product,
-    too_many,
-)
 from adakv_compile.symbolic.read import Handler, Reader, kind_of_dtype
 
 __all__ = ["VOCABULARY"]

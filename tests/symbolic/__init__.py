@@ -1,0 +1,1 @@
+"""Tests of index expressions and of the reader."""
