@@ -7,15 +7,17 @@ from typing import Final
 
 __all__ = ["main"]
 
-_NEEDED: Final = ("click", "rich", "typer")
+_NEEDED: Final = ("rich", "typer")
 
 
 def main() -> None:
     """Run the command line, or say what has to be installed for it."""
     try:
-        from adakv_compile.cli.main import app
+        from adakv_compile.cli.commands import app
     except ModuleNotFoundError as error:
         if error.name not in _NEEDED:
             raise
-        sys.exit(f"adakv: {error.name} is not installed; install the command line with: pip install 'adakv_compile[cli]'")
+        sys.exit(
+            f"adakv: {error.name} is not installed; install the command line with: pip install 'adakv_compile[cli]'"
+        )
     app()

@@ -145,8 +145,8 @@ def generate(
         out = _call(loaded, ids, cache, **last)
     except torch.OutOfMemoryError as error:
         raise CommandError(
-            f"{loaded.device} has not enough memory for this prompt of {length:,} tokens; use a smaller --prefill-chunk or "
-            "--dtype bfloat16"
+            f"{loaded.device} has not enough memory for this prompt of {length:,} tokens; use a smaller "
+            "--prefill-chunk or --dtype bfloat16"
         ) from error
     tokens = tuple(out.sequences[0, length:].tolist())
     steps = clock.steps()

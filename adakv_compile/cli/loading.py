@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from adakv_compile.cli.errors import CommandError
 
@@ -73,7 +74,9 @@ def read_prompt(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        reason = (
+            "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else (error.strerror or str(error)).lower()
+        )
         raise CommandError(f"can't read the prompt file {str(path)!r}: {reason}") from error
     if not text.strip():
         raise CommandError(f"the prompt file {str(path)!r} is empty; give a text for the model to continue")
@@ -94,12 +97,13 @@ def load(name: str, dtype: str, device: str) -> Loaded:
     if dtype not in DTYPES:
         raise CommandError(f"--dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     target = _device(device)
+    logging.disable_progress_bar()
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise CommandError(f"there is no model folder {name!r}")
     try:
         config = AutoConfig.from_pretrained(name)
         _check_cache(name, config)
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise CommandError(_load_failure(name, error)) from error
@@ -123,7 +127,9 @@ def _check_cache(name: str, config: Any) -> None:
     # State-space models have neither attention heads nor keys and values.
     text_config = config.get_text_config()
     if getattr(text_config, "num_attention_heads", None) is None:
-        raise CommandError(f"{name!r} ({architectures}) has no attention and keeps no KV cache; there is nothing to compress")
+        raise CommandError(
+            f"{name!r} ({architectures}) has no attention and keeps no KV cache; there is nothing to compress"
+        )
 
 
 def _load_failure(name: str, error: Exception) -> str:
@@ -155,7 +161,7 @@ def encode(loaded: Loaded, text: str, max_new_tokens: int) -> torch.Tensor:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and length + max_new_tokens > limit:
         raise CommandError(
-            f"the prompt has {length:,} tokens and --max-new-tokens asks for {max_new_tokens:,} more, but the model has "
-            f"{limit:,} positions; shorten the prompt by {length + max_new_tokens - limit:,} tokens"
+            f"the prompt has {length:,} tokens and --max-new-tokens asks for {max_new_tokens:,} more, but the model "
+            f"has {limit:,} positions; shorten the prompt by {length + max_new_tokens - limit:,} tokens"
         )
     return ids.to(loaded.device)

@@ -10,10 +10,11 @@ from typing import Any, Final
 import torch
 from rich.table import Table
 
+from adakv_compile.cli.errors import CommandError
 from adakv_compile.cli.generate import Run, agreement
 from adakv_compile.runtime.stats import CacheStats
 
-__all__ = ["as_json", "head_budgets", "plot_heads", "summary", "verdict"]
+__all__ = ["as_json", "check_picture", "head_budgets", "plot_heads", "summary", "verdict"]
 
 _UNITS: Final = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 # Beyond this many cells the numbers in the picture can't be read.
@@ -71,12 +72,30 @@ def verdict(compressed: Run, full: Run) -> str:
 
 
 def head_budgets(stats: CacheStats) -> torch.Tensor:
-    """Return the entries kept ``[layers, most heads]`` in float32, the mean over the batch; NaN where a layer has fewer heads."""
+    """Return the entries kept, the mean over the batch, ``[layers, most heads]`` in float32.
+
+    A layer with fewer heads than another has NaN for those it lacks.
+    """
     widest = max(layer.head_lengths.shape[1] for layer in stats.layers)
     table = torch.full((len(stats.layers), widest), float("nan"))
     for row, layer in zip(table, stats.layers, strict=True):
         row[: layer.head_lengths.shape[1]] = layer.head_lengths.float().mean(0)
     return table
+
+
+def check_picture(path: Path) -> None:
+    """Check that a picture of this name can be drawn.
+
+    Raises:
+        CommandError: The ending of the name is no format of pictures.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise CommandError(
+            f"can't draw {str(path)!r}: {path.suffix!r} is not one of {', '.join(f'.{e}' for e in sorted(known))}"
+        )
 
 
 def plot_heads(stats: CacheStats, path: Path, title: str) -> None:
@@ -89,7 +108,6 @@ def plot_heads(stats: CacheStats, path: Path, title: str) -> None:
 
     Raises:
         OSError: The file can't be written.
-        ValueError: The ending is no format of pictures.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The rules of the package that no linter knows: who may import whom, what a module must say, what may not stand in it."""
+"""The rules of the package that no linter knows: who may import whom, and what a module must, and must not, hold."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import adakv_compile
+from adakv_compile.backend import adakv
 from adakv_compile.cli.errors import CommandError, require
 from adakv_compile.errors import AdaKVError
 
@@ -33,7 +34,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", help="Folder of a model, or its name on the hub.", show_default=False)]
-Budget = Annotated[str, typer.Option("--budget", help="Entries per KV head on average, or a share in (0, 1) of the prompt.")]
+Budget = Annotated[
+    str, typer.Option("--budget", help="Entries per KV head on average, or a share in (0, 1) of the prompt.")
+]
 Method = Annotated[str, typer.Option("--method", help="ada-snapkv, snapkv, ada-pyramid, pyramidkv or streamingllm.")]
 Window = Annotated[int | None, typer.Option("--window", help="Observation window in tokens. [default: 32]")]
 Alpha = Annotated[float | None, typer.Option("--alpha", help="Share that every head gets, 0 to 1. [default: 0.2]")]
@@ -75,11 +78,15 @@ def generate(
     prefill_chunk: Annotated[
         int,
         typer.Option(
-            "--prefill-chunk", min=0, help="Read longer prompts in parts of this many tokens, each compressed when read; 0: never."
+            "--prefill-chunk",
+            min=0,
+            help="Read longer prompts in parts of this many tokens, each compressed when read; 0: never.",
         ),
     ] = 4096,
     compare: Annotated[bool, typer.Option("--compare", help="Generate with the full cache, too.")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the entries kept by every head to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the entries kept by every head to this file.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Continue a text with a compressed cache; the text goes to standard output, all else to standard error."""
@@ -96,13 +103,15 @@ def generate(
         from adakv_compile.cli import loading, render
         from adakv_compile.cli.generate import Settings
 
+        if plot is not None:
+            render.check_picture(plot)
         text = loading.read_prompt(prompt_file)
         with screen.status(f"loading {escape(model)}"):
             loaded = loading.load(model, dtype, device)
         ids = loading.encode(loaded, text, max_new_tokens)
         settings = Settings(max_new_tokens, temperature, seed, prefill_chunk)
 
-        loaded.model.compile(backend="adakv", options=options, dynamic=True)
+        loaded.model.compile(backend=adakv, options=options, dynamic=True)
         runs = [_run(screen, loaded, ids, settings, method, lambda piece: typer.echo(piece, nl=False))]
         typer.echo()
         if compare:
@@ -124,7 +133,9 @@ def generate(
 def explain(
     *,
     model: Model,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="Text to run on; else 64 arbitrary tokens.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", help="Text to run on; else 64 arbitrary tokens.")
+    ] = None,
     budget: Budget = "1024",
     method: Method = "ada-snapkv",
     window: Window = None,
@@ -159,7 +170,7 @@ def explain(
 
 
 @contextmanager
-def _clear_errors(screen: Console) -> Iterator[None]:
+def _clear_errors(screen: Console) -> Generator[None]:
     """Show what the package raises on purpose as one message, and its warnings without their source lines."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -201,7 +212,9 @@ def _run(
     parts = bool(settings.chunk) and length > settings.chunk
     columns = (TextColumn("{task.description}"), SpinnerColumn() if not parts else BarColumn())
     counts = (MofNCompleteColumn(), TextColumn("tokens")) if parts else ()
-    with Progress(*columns, *counts, TimeElapsedColumn(), console=screen, transient=True) as progress:
+    everything = (*columns, *counts, TimeElapsedColumn())
+    # Redirected to a file, a bar would only leave empty lines.
+    with Progress(*everything, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(f"reading the prompt ({label})", total=length if parts else None)
         return measured(
             loaded,
