@@ -167,7 +167,13 @@ def bind(
                 return fallback(*args)
             stores.append(store)
         before = [(args[past.key].shape[2], args[past.key].start) for past in pasts]
-        results = compiled(*[get(args, stores) for get in getters])
+        try:
+            results = compiled(*[get(args, stores) for get in getters])
+        except BaseException:
+            # Some layers may have appended already: let their device cursors say again what the host says.
+            for store in stores:
+                store.rewind()
+            raise
         for past, store in zip(pasts, stores, strict=True):
             if past.appends:
                 store.advance(past.appends)
