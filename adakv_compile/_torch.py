@@ -109,10 +109,10 @@ def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[
 def route_generate(backend: Callable[..., Any]) -> None:
     """Let ``torch.compile(model, backend="adakv").generate(...)`` run on the compiled model.
 
-    ``torch.compile`` returns a wrapper whose ``generate`` is the original model's bound method, which calls the original,
-    uncompiled model: nothing would be compressed and nothing would say so. PyTorch has no hook for that, so the wrapper
-    class's attribute look-up is extended, for wrappers that carry ``backend`` only: during the call the original module's
-    calls go through the compilation, as ``model.compile`` does it for good.
+    ``torch.compile`` returns a wrapper whose ``generate`` is the original model's bound method, which calls the
+    original, uncompiled model: nothing would be compressed and nothing would say so. PyTorch has no hook for that, so
+    the wrapper class's attribute look-up is extended, for wrappers that carry ``backend`` only: during the call the
+    original module's calls go through the compilation, as ``model.compile`` does it for good.
     """
     look_up = OptimizedModule.__getattr__
 

@@ -33,8 +33,8 @@ def compile(
 ) -> Any:
     """Compile a function, a module or a module class with the ``adakv`` backend; usable as a decorator.
 
-    A module is compiled in place, so that methods which call it (``generate`` of transformers, for one) are served, too.
-    A decorated class compiles each of its instances.
+    A module is compiled in place, so that methods which call it (``generate`` of transformers, for one) are served,
+    too. A decorated class compiles each of its instances.
 
     Args:
         target: The function, module or class; omit it to get a decorator: ``@compile(budget=512)``.

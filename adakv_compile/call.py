@@ -1,7 +1,8 @@
 """The call boundary: the only Python that runs at every step.
 
-The compiled graph takes plain tensors. Here each ``CompressedKV`` argument is replaced by the parts of its layer's store,
-and the parts that come back are wrapped again, so the caller's cache holds compressed tensors of the logical shape.
+The compiled graph takes plain tensors. Here each ``CompressedKV`` argument is replaced by the parts of its layer's
+store, and the parts that come back are wrapped again, so the caller's cache holds compressed tensors of the logical
+shape.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from adakv_compile.runtime.store import LayerStore
 __all__ = [
     "STORE_TENSORS",
     "Boundary",
+    "CachedLength",
     "Dimension",
     "Grown",
     "Made",
-    "Past",
     "Passed",
+    "Past",
     "Returned",
     "StorePart",
     "bind",
@@ -93,6 +95,10 @@ class Returned:
     constant: object = None
 
 
+CachedLength = int | Returned | Literal["all", "as before"]
+"""A number, a result that holds it, all tokens so far, or as many as the past had: what a sliding cache keeps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """A cache made from results ``first .. first + 3``: keys, values, offsets and positions.
@@ -102,14 +108,14 @@ class Made:
         kind: Which of the two tensors this output is.
         tokens: Tokens of this call that the cache covers: a number, or the result that holds it.
         past: The past it continues, if any.
-        cached: Logical length of the tensor the caller gets if it is fixed (a full sliding cache).
+        cached: Logical length of the tensor the caller gets.
     """
 
     first: int
     kind: Literal["key", "value"]
     tokens: int | Returned
     past: int | None
-    cached: int | None
+    cached: CachedLength
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +125,12 @@ class Grown:
     Attributes:
         past: The past.
         kind: Which of the two tensors this output is.
-        cached: Logical length of the tensor the caller gets if it is fixed (a full sliding cache).
+        cached: Logical length of the tensor the caller gets.
     """
 
     past: int
     kind: Literal["key", "value"]
-    cached: int | None
+    cached: CachedLength
 
 
 Output = Returned | Made | Grown
@@ -208,7 +214,10 @@ def _wrap(
         name = (type(output), output.first if isinstance(output, Made) else output.past)
         pair = made.get(name)
         if pair is None:
-            pair = _make(output, results, before) if isinstance(output, Made) else _grow(output, boundary, stores, before)
+            if isinstance(output, Made):
+                pair = _make(output, results, before)
+            else:
+                pair = _grow(output, boundary, results, stores, before)
             made[name] = pair
         outputs.append(pair[0] if output.kind == "key" else pair[1])
     return tuple(outputs)
@@ -218,20 +227,33 @@ def _make(
     output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]]
 ) -> tuple[CompressedKV, CompressedKV]:
     keys, values, offsets, positions = results[output.first : output.first + 4]
-    tokens = output.tokens
-    if isinstance(tokens, Returned):
-        assert tokens.index is not None
-        tokens = int(results[tokens.index])
     length, start = (0, 0) if output.past is None else before[output.past]
-    end = start + length + tokens
-    cached = end - start if output.cached is None else output.cached
-    return wrap_prefill(keys, values, offsets, positions, end, end - cached)
+    end = start + length + _number(output.tokens, results)
+    return wrap_prefill(keys, values, offsets, positions, end, _start(output.cached, results, start, length, end))
 
 
 def _grow(
-    output: Grown, boundary: Boundary, stores: Sequence[LayerStore], before: Sequence[tuple[int, int]]
+    output: Grown,
+    boundary: Boundary,
+    results: Sequence[Any],
+    stores: Sequence[LayerStore],
+    before: Sequence[tuple[int, int]],
 ) -> tuple[CompressedKV, CompressedKV]:
     length, start = before[output.past]
     end = start + length + boundary.pasts[output.past].appends
-    cached = end - start if output.cached is None else output.cached
-    return wrap_grown(stores[output.past], cached, end - cached)
+    first = _start(output.cached, results, start, length, end)
+    return wrap_grown(stores[output.past], end - first, first)
+
+
+def _start(cached: CachedLength, results: Sequence[Any], start: int, length: int, end: int) -> int:
+    """Return the position of the first slot that the caller keeps."""
+    if cached == "all":
+        return start
+    return end - (length if cached == "as before" else _number(cached, results))
+
+
+def _number(length: int | Returned, results: Sequence[Any]) -> int:
+    if isinstance(length, int):
+        return length
+    assert length.index is not None  # constants stay plain integers
+    return int(results[length.index])

@@ -73,7 +73,7 @@ class Options:
         for name, (low, high) in _INTEGERS.items():
             _check_integer(name, getattr(self, name), low, high)
         if not self.kernel_size % 2:
-            raise OptionsError(f"option 'kernel_size' is {self.kernel_size}; it must be odd, so that pooling is centred")
+            raise OptionsError(f"option 'kernel_size' is {self.kernel_size}; it must be odd, to be centred")
         alpha: object = self.alpha
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
             raise OptionsError(f"option 'alpha' is {alpha!r}; it must be a number from 0 (global) to 1 (uniform)")

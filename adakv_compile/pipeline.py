@@ -84,9 +84,11 @@ def compile_or_leave(
     report = GraphReport(nodes, sites, refusal, dict(stages.seconds), snapshot)
     if refusal is not None:
         _enforce_strict((refusal,), options)
-    _tell(report)
+    log.info("%d nodes, %d of %d attentions compressed", nodes, sum(site.compressed for site in sites), len(sites))
     if observer is not None:
         observer(report)
+    else:
+        _warn(report)
     if compiled is not None:
         return compiled
     if any(isinstance(example, CompressedKV) for example in example_inputs):
@@ -168,9 +170,7 @@ def _enforce_strict(refusals: Sequence[Refusal], options: Options) -> None:
         )
 
 
-def _tell(report: GraphReport) -> None:
-    done = sum(site.compressed for site in report.sites)
-    log.info("%d nodes, %d of %d attentions on a compressed cache", report.nodes, done, len(report.sites))
+def _warn(report: GraphReport) -> None:
     if report.refusals:
         reasons = "\n  ".join(map(str, report.refusals))
         warnings.warn(

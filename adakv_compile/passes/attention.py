@@ -17,7 +17,13 @@ __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 aten = torch.ops.aten
 _SOFTMAXES: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS: Final = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
-_PASSED_ON: Final = (aten._to_copy.default, aten.dropout.default, aten.expand.default, aten.view.default, aten.reshape.default)
+_PASSED_ON: Final = (
+    aten._to_copy.default,
+    aten.dropout.default,
+    aten.expand.default,
+    aten.view.default,
+    aten.reshape.default,
+)
 _VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
@@ -101,7 +107,9 @@ def _is_weights(softmax: fx.Node) -> bool:
 
 def _understand(node: fx.Node) -> AttentionSite | Unsupported:
     query, key, value = node.args[:3]
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     if arg(node, 4, "dropout_p", 0.0) != 0.0:
         return Unsupported(node, Refusal(Reason.DROPOUT, f"dropout_p={arg(node, 4, 'dropout_p')}"))
     key, value = _before_repeat(key), _before_repeat(value)

@@ -1,4 +1,4 @@
-"""Find how each attention's keys and values are cached: what was there, what is new, and where the caller gets it back."""
+"""Find how keys and values are cached: what was there, what is new, and where the caller gets it back."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
         return refusal
     slots, cached = _slots(program, whole)
     if past is not None and past.op != "placeholder":
-        return Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated to a value computed in the graph: {past.name}")
+        return Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated to a computed value, {past.name}")
     if not slots:
         if past is None or past not in program.compressed:
+            if _is_returned_in_disguise(site, whole):
+                return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in another form than attention reads")
             return Refusal(Reason.NO_CACHE, f"{which}s")
         return Refusal(Reason.CACHE_FORM, f"the compressed {which}s are extended but not returned")
     strangers = _strangers(program, site, whole, cached, past)
@@ -126,6 +128,31 @@ def _is_newest_entries_of(node: fx.Node, whole: fx.Node) -> bool:
     end = arg(node, 3, "end")
     reaches_end = end is None or (isinstance(end, int) and end >= 2**62)
     return arg(node, 1, "dim", 0) == _SEQUENCE_DIM and reaches_end
+
+
+def _is_returned_in_disguise(site: AttentionSite, whole: fx.Node) -> bool:
+    """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention."""
+    own = _ancestors(whole) - _ancestors(site.query)
+    seen, pending = set(own), list(own)
+    while pending:
+        for user in pending.pop().users:
+            if user.op == "output":
+                return True
+            if user is not site.node and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return a value and all that it is computed from in the graph."""
+    found, pending = {node}, [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found and source.op == "call_function":
+                found.add(source)
+                pending.append(source)
+    return found
 
 
 def _strangers(

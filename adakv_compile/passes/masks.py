@@ -74,7 +74,7 @@ class MaskProver:
                 raise NotProvedError("a mask together with is_causal", expr)
             geometry = self._geometry(node, expr, queries, keys)
             predicate, masked = self._predicate(node, expr)
-            proof = classify(predicate, geometry, self._reader.leaves, self._reader.holder)
+            proof = classify(predicate, geometry, self._reader.leaves, self._reader.holders)
         except NotProvedError as failure:
             return self._unproven(node, failure, predicate)
         return dataclasses.replace(

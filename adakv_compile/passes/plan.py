@@ -119,10 +119,12 @@ def _decide(
     if isinstance(site, Unsupported):
         return site.refusal
     key, value = (find_cache_update(program, site, which) for which in ("key", "value"))
-    for update in (key, value):
+    for update, other in ((key, value), (value, key)):
         if isinstance(update, Refusal):
-            return update
-    assert isinstance(key, CacheUpdate) and isinstance(value, CacheUpdate)
+            half = update.reason is Reason.NO_CACHE and isinstance(other, CacheUpdate)
+            return Refusal(Reason.KEY_VALUE_MISMATCH, "only one of them is returned") if half else update
+    assert isinstance(key, CacheUpdate)
+    assert isinstance(value, CacheUpdate)
     if mismatch := _mismatch(key, value):
         return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
     proof = prover.prove(site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length)
@@ -145,6 +147,8 @@ def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
         return "one of them has a past of another kind"
     if key.is_sliding != value.is_sliding:
         return "only one of them drops old entries"
+    if key.is_sliding and not same_size(key.cached_length, value.cached_length):
+        return f"{key.cached_length} keys are kept, but {value.cached_length} values"
     if key.slots and set(key.slots) & set(value.slots):
         return "both are returned as the same output"
     keys, values = shape_of(key.new), shape_of(value.new)
@@ -192,10 +196,7 @@ def _describe(planned: PlannedSite) -> SiteReport:
     site, mask = planned.site, planned.mask
     heads = f"{site.num_heads} query heads on {site.num_kv_heads} KV heads"
     shape = f"{heads}, head dim {shape_of(site.key)[3]}, {site.query_length} of {site.key_length} tokens new"
-    if mask.lookup is not None:
-        text = f"looked up at the kept positions ({mask.proof})"
-    else:
-        text = f"proved: {mask.proof}"
+    text = f"proved: {mask.proof}" if mask.lookup is None else f"looked up at the kept positions ({mask.proof})"
     past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
     return SiteReport(

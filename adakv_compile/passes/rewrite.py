@@ -15,6 +15,7 @@ from adakv_compile import _torch
 from adakv_compile.call import (
     STORE_TENSORS,
     Boundary,
+    CachedLength,
     Dimension,
     Grown,
     Input,
@@ -27,7 +28,7 @@ from adakv_compile.call import (
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.cache import CacheUpdate
-from adakv_compile.passes.nodes import same_layout, same_size, shape_of, static_int
+from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.plan import Action, Plan, PlannedSite
 
@@ -127,7 +128,7 @@ class _Rewriter:
             )
             keys, values = (self._call(operator.getitem, (stored, i), like=site.node) for i in range(2))
             tokens = self._length(key)
-        self._return_made(planned, (keys, values, offsets, positions), tokens, past=None, cached=None)
+        self._return_made(planned, (keys, values, offsets, positions), tokens, None, "all")
 
     def _decode(self, planned: PlannedSite) -> None:
         site, mask = planned.site, planned.mask
@@ -149,9 +150,10 @@ class _Rewriter:
             )
             out = self._in_layout_of(out, site.node)
         site.node.replace_all_uses_with(out)
+        cached = self._cached_length(planned.key)
         for update, kind in _kinds(planned):
             for slot in update.slots:
-                self.cached[slot] = Grown(past, kind, self._fixed_length(planned, update))
+                self.cached[slot] = Grown(past, kind, cached)
 
     def _recompress(self, planned: PlannedSite, policy: str) -> None:
         site, mask = planned.site, planned.mask
@@ -179,9 +181,8 @@ class _Rewriter:
             tokens = self._length(planned.key.new)
             out = self._in_layout_of(out, site.node)
         site.node.replace_all_uses_with(out)
-        fixed = self._fixed_length(planned, planned.key)
         keys, values, offsets, positions = stored
-        self._return_made(planned, (keys, values, offsets, positions), tokens, past=past, cached=fixed)
+        self._return_made(planned, (keys, values, offsets, positions), tokens, past, self._cached_length(planned.key))
 
     # -- pieces -----------------------------------------------------------------------------------------------------
 
@@ -261,14 +262,20 @@ class _Rewriter:
         length = shape_of(node)[2]
         return length if isinstance(length, int) else self._call(aten.sym_size.int, (node, 2), like=node)
 
-    def _fixed_length(self, planned: PlannedSite, update: CacheUpdate) -> int | None:
-        """Return the length of a full sliding cache, or ``None`` for a cache that grows with its tokens."""
+    def _cached_length(self, update: CacheUpdate) -> CachedLength:
+        """Say how long the tensor is that the caller keeps."""
         if not update.is_sliding:
-            return None
+            return "all"
         fixed = static_int(update.cached_length)
-        if fixed is None:
-            raise RuntimeError(f"the length {update.cached_length} of a sliding cache is neither fixed nor growing")
-        return fixed
+        if fixed is not None:
+            return fixed
+        if update.past is not None and same_size(update.cached_length, shape_of(update.past)[2]):
+            return "as before"
+        start = arg(update.cached, 2, "start")
+        if isinstance(start, fx.Node) and same_size(-start.meta["val"], update.cached_length):
+            with self.graph.inserting_after(start):
+                return self._result(self._call(operator.neg, (start,), like=start))
+        raise RuntimeError(f"the length {update.cached_length} of a sliding cache can't be computed from the inputs")
 
     def _return_made(
         self,
@@ -276,7 +283,7 @@ class _Rewriter:
         stored: tuple[fx.Node, fx.Node, fx.Node, fx.Node],
         tokens: int | fx.Node,
         past: int | None,
-        cached: int | None,
+        cached: CachedLength,
     ) -> None:
         first = len(self.results)
         self.results.extend(stored)
@@ -308,7 +315,8 @@ class _Rewriter:
     def _past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
         """Add the parts of a layer's store as inputs."""
         key, value = planned.key.past, planned.value.past
-        assert key is not None and value is not None
+        assert key is not None
+        assert value is not None
         index = len(self.pasts)
         mask = planned.mask
         told_apart = mask.columns or mask.lookup is not None or mask.padding is not None

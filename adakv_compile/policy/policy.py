@@ -115,8 +115,7 @@ class Policy:
 
     @property
     def floor(self) -> int:
-        """Smallest budget of a head: what is always kept (the window, or the sinks) and one more
-        entry."""
+        """Smallest budget of a head: what is always kept (the window, or the sinks) and one more entry."""
         return (self.sinks if self.method == "streamingllm" else self.window) + 1
 
     @property

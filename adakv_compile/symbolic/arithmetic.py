@@ -8,7 +8,7 @@ from typing import Final
 
 import torch
 
-from adakv_compile.symbolic.expr import Compare, Expr, Float, Load, Not, Size, Where, integer, kind_of, scale
+from adakv_compile.symbolic.expr import Compare, Expr, Float, Load, Not, Size, Where, integer, kind_of, loads_of, scale
 from adakv_compile.symbolic.read import choices, kind_of_dtype
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "too_many",
 ]
 
-_MAX_CHOICES: Final = 256
+_MAX_CHOICES: Final = 64
 _EXACT: Final = 256
 """Integers up to this are exact in every floating point dtype (bfloat16 has the fewest digits)."""
 _TINY: Final = 1e-4
@@ -48,7 +48,7 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr | None:
             return Where(expr, integer(1), integer(0))
         case _, "float" if source == "bool":
             return Where(expr, Float(1.0), Float(0.0))
-        case _, "int" if source == "int" and (dtype in WIDE_INTEGERS or fits_every_dtype(expr)):
+        case _, "int" if source == "int" and (_fits(expr, dtype) or fits_every_dtype(expr)):
             return expr
         case Size(value), "float" if fits_every_dtype(expr):
             return Float(float(value))
@@ -63,6 +63,11 @@ def cast(expr: Expr, dtype: torch.dtype) -> Expr | None:
 def fits_every_dtype(expr: Expr) -> bool:
     """Tell whether an element is a number that every integer dtype holds and every floating point one exactly."""
     return isinstance(expr, Size) and bool(expr.value.is_Integer) and 0 <= int(expr.value) < _EXACT / 2  # pyright: ignore[reportArgumentType]
+
+
+def _fits(expr: Expr, dtype: torch.dtype) -> bool:
+    # Positions are far below 2**31; what a tensor holds may not be.
+    return dtype is torch.int64 or (dtype is torch.int32 and not loads_of(expr))
 
 
 def _fit(value: float, dtype: torch.dtype) -> float:

@@ -94,7 +94,7 @@ def classify(
     predicate: Expr,
     geometry: Geometry,
     leaves: Mapping[str, Leaf],
-    holder: Callable[[Expr], fx.Node | None],
+    holders: Callable[[Expr], Sequence[fx.Node]],
 ) -> MaskProof:
     """Prove what a predicate means.
 
@@ -102,7 +102,7 @@ def classify(
         predicate: True where a key is visible; simplified.
         geometry: The sizes of the mask.
         leaves: The unknown tensors, by name.
-        holder: Finds a value in the graph that equals an expression.
+        holders: Finds values in the graph whose elements are an expression.
 
     Raises:
         NotProvedError: The predicate is none of the known kinds, or what would make it one can't be shown.
@@ -112,7 +112,7 @@ def classify(
         _collect(part, geometry, facts)
     paddings: list[PaddingFact] = []
     for part in facts.padding:
-        paddings.append(read_padding(part, geometry.batch, geometry.keys, geometry.sizes, leaves, holder))
+        paddings.append(read_padding(part, geometry.batch, geometry.keys, geometry.sizes, leaves, holders))
         facts.steps.append(f"{show(part)}  is padding")
     if len(paddings) > 1:
         raise NotProvedError("two different padding conditions", facts.padding[1])

@@ -91,7 +91,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """An integer ``sum(coefficient * term) + constant``; coefficients and the constant don't depend on the position."""
+    """An integer ``sum(coefficient * term) + constant``; coefficients and the constant don't depend on the position.
+
+    Only :func:`total` makes sums: flat, no term twice, sorted, so that equal sums are equal objects.
+    """
 
     terms: tuple[tuple[Expr, sympy.Expr], ...]
     constant: sympy.Expr

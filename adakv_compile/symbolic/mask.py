@@ -38,14 +38,14 @@ class PaddingFact:
     """Which columns are real tokens: ``padding[b, c + column_offset] <relation> value``.
 
     Attributes:
-        node: The padding tensor, of any dtype, with the columns in its last real dimension: ``reshape([B, -1])`` when it
+        node: The padding tensor, of any dtype, columns in its last real dimension: ``reshape([B, -1])`` when it
             has rows, else ``reshape([1, -1])``, puts it into the form that is indexed above.
         has_rows: Whether there is a row for every row of the batch; if not, the only one holds for all.
         column_offset: Column ``c`` of the mask reads column ``c + column_offset`` of the tensor; never negative.
         relation: How an element is compared.
         value: What it is compared with. A boolean padding has ``eq`` and ``True`` (``False`` when it is inverted).
-        holder: A boolean value in the graph that already is this fact, ``True`` = real token, of a shape that
-            broadcasts to ``[B, 1, 1, kv]`` or has fewer leading dimensions; ``None`` when there is none.
+        holder: A boolean value in the graph that already is this fact, ``True`` = real token: ``[B or 1, 1, 1, kv]``, or
+            ``[kv]`` behind up to two dimensions of size one; ``None`` when there is none.
     """
 
     node: fx.Node

@@ -25,7 +25,7 @@ from adakv_compile.symbolic.expr import (
     scale,
     substitute,
 )
-from adakv_compile.symbolic.read import Handler, Reader, shape_of
+from adakv_compile.symbolic.read import Handler, Reader, choices, shape_of
 
 __all__ = ["MOVEMENT"]
 
@@ -187,7 +187,7 @@ def _gather(reader: Reader, node: fx.Node) -> Expr | None:
         elif dim <= given[-1]:
             index = tensors[dim - given[0]]
             position = reader.operand(index)
-            if position is None or index.meta["val"].dtype not in (torch.int32, torch.int64):
+            if position is None or choices(position) > 1 or index.meta["val"].dtype not in (torch.int32, torch.int64):
                 return None
             position = reader.simplify(substitute(position, moved))
             if not _is_never_negative(reader, position, result):
@@ -203,7 +203,13 @@ def _index_select(reader: Reader, node: fx.Node) -> Expr | None:
     expr, source = found
     dim, index = _dimension(node, 1, 0, len(shape_of(source))), node.args[2]
     position = reader.operand(index)
-    if dim is None or position is None or not isinstance(index, fx.Node) or len(shape_of(index)) != 1:
+    if (
+        dim is None
+        or position is None
+        or choices(position) > 1
+        or not isinstance(index, fx.Node)
+        or len(shape_of(index)) != 1
+    ):
         return None
     axis = len(shape_of(source)) - 1 - dim
     position = substitute(position, {0: Iota(axis)})

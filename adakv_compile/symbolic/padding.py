@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import sympy
@@ -48,7 +48,7 @@ def read_padding(
     keys: sympy.Expr,
     sizes: Sizes,
     leaves: Mapping[str, Leaf],
-    holder: Callable[[Expr], fx.Node | None],
+    holders: Callable[[Expr], Sequence[fx.Node]],
 ) -> PaddingFact:
     """Prove that a predicate is a statement about one element of a tensor ``[B, n]``, chosen by row and column.
 
@@ -58,7 +58,7 @@ def read_padding(
         keys: Number of keys.
         sizes: What is known about symbolic sizes.
         leaves: The unknown tensors, by name.
-        holder: Finds a value in the graph that equals an expression.
+        holders: Finds values in the graph whose elements are an expression.
 
     Raises:
         NotProvedError: It is something else, or reads other rows or columns.
@@ -66,7 +66,16 @@ def read_padding(
     load, relation, value = _comparison(part)
     node = leaves[load.leaf].node
     has_rows, offset = _indexing(part, load, shape_of(node), batch, keys, sizes)
-    return PaddingFact(node, has_rows, offset, relation, value, holder(part))
+    fitting = (held for held in holders(part) if _holds_each_column(held, batch, keys, sizes))
+    return PaddingFact(node, has_rows, offset, relation, value, next(fitting, None))
+
+
+def _holds_each_column(node: fx.Node, batch: int | torch.SymInt, keys: sympy.Expr, sizes: Sizes) -> bool:
+    """Tell whether a value has a column for each key, at most the mask's rows, and no other dimension."""
+    *outer, columns = shape_of(node) or (1,)
+    rows = outer.pop(0) if len(outer) == 3 else 1
+    fits = sizes.equal(columns, keys) and (_is_one(rows) or sizes.equal(rows, batch))
+    return fits and len(outer) < 3 and all(_is_one(size) for size in outer)
 
 
 def _comparison(part: Expr) -> tuple[Load, PaddingRelation, bool | int | float]:

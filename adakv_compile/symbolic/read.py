@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,7 +76,7 @@ class Reader:
         self.leaves: dict[str, Leaf] = {}
         self._handlers = handlers
         self._memo: dict[fx.Node, Expr] = {}
-        self._holders: dict[Expr, fx.Node] = {}
+        self._holders: dict[Expr, list[fx.Node]] = {}
 
     def read(self, node: fx.Node) -> Expr:
         """Return the element of a tensor value as a function of its position."""
@@ -96,12 +96,12 @@ class Reader:
                 continue
             pending.pop()
             found = self._memo[current] = self._understand(current)
-            self._holders.setdefault(found, current)
+            self._holders.setdefault(found, []).append(current)
         return self._memo[node]
 
-    def holder(self, expr: Expr) -> fx.Node | None:
-        """Return the first node that was read and whose value is ``expr``."""
-        return self._holders.get(expr)
+    def holders(self, expr: Expr) -> Sequence[fx.Node]:
+        """Return the nodes that were read and whose elements are ``expr``, whatever their shapes."""
+        return self._holders.get(expr, ())
 
     def operand(self, argument: object) -> Expr | None:
         """Return an operator's argument: a tensor that has been read, a number, or a symbolic size."""

@@ -30,7 +30,6 @@ from adakv_compile.symbolic.expr import (
     linear,
     rebuild,
     scale,
-    total,
 )
 
 __all__ = ["RULES", "Rule", "Simplifier"]
@@ -39,6 +38,8 @@ _TRUE: Final = Bool(True)
 _FALSE: Final = Bool(False)
 _ZERO: Final = integer(0)
 _MAX_STEPS: Final = 64
+_MAX_ABSOLUTE: Final = 3
+"""Every absolute value in a sum doubles the cases."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +86,6 @@ class Simplifier:
                 return expr
             expr = self._with_simple_operands(changed)
         return expr
-
-
-def _sum_flat(expr: Expr) -> Expr | None:
-    match expr:
-        case Sum(terms, constant):
-            return total(terms, constant)
-        case _:
-            return None
 
 
 def _sum_of_where(expr: Expr) -> Expr | None:
@@ -195,7 +188,10 @@ def _compare_absolute(expr: Expr) -> Expr | None:
     """abs(x) + r <= 0 is a conjunction of both signs of x, r - abs(x) <= 0 a disjunction."""
     if not (isinstance(expr, Compare) and expr.relation == "le" and expr.right == _ZERO):
         return None
-    for term, factor in linear(expr.left)[0].items():
+    terms = linear(expr.left)[0]
+    if sum(isinstance(term, Abs) for term in terms) > _MAX_ABSOLUTE:
+        return None
+    for term, factor in terms.items():
         if isinstance(term, Abs) and factor in (1, -1):
             rest = add(expr.left, scale(term, factor), -1)
             signs = tuple(Compare("le", add(rest, term.operand, sign), _ZERO) for sign in (1, -1))
@@ -255,7 +251,7 @@ def _disjunction(expr: Expr) -> Expr | None:
 
 def _common_factor(expr: Expr) -> Expr | None:
     """(a & b) | (a & c)  =  a & (b | c); with c empty, that is absorption."""
-    if not isinstance(expr, Or):
+    if not isinstance(expr, Or) or not expr.operands:
         return None
     parts = [part.operands if isinstance(part, And) else (part,) for part in expr.operands]
     common = tuple(operand for operand in parts[0] if all(operand in other for other in parts[1:]))
@@ -332,7 +328,6 @@ def _choice_of_zero(expr: Expr) -> Expr | None:
 
 
 RULES: Final[tuple[Rule, ...]] = (
-    Rule("sum-flat", _sum_flat),
     Rule("sum-of-where", _sum_of_where),
     Rule("division", _division),
     Rule("absolute", _absolute),

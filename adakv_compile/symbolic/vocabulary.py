@@ -216,6 +216,8 @@ def _filled(position: int | None, value: float = 0.0) -> Handler:
 
     def handler(reader: Reader, node: fx.Node) -> Expr | None:
         default: object = bool(value) if _dtype(node) is torch.bool else value
+        if position is not None and position >= len(node.args):
+            return None
         number = reader.operand(default if position is None else node.args[position])
         return None if number is None else cast(number, _dtype(node))
 

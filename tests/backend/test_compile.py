@@ -166,7 +166,7 @@ def test_a_cache_of_another_model_is_refused_by_name() -> None:
         for layer, other in zip(cache.layers, reversed(cache.layers), strict=True):
             mixed.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), len(mixed.layers))
             mixed.layers[-1].keys, mixed.layers[-1].values = layer.keys, other.values
-        with pytest.raises(Exception, match="don't belong together: they come from different layers"):
+        with pytest.raises(Exception, match=r"don't belong together: they come from different layers"):
             wide(_ids(1, 1), past_key_values=mixed)
 
 
@@ -184,7 +184,7 @@ class TestSnapshot(TestCase):
         assert "COMPRESS  4 query heads on 2 KV heads" in page
         assert "proved: causal" in page
         assert '"action": "decode"' in report.json()
-        with self.assertRaisesRegex(AssertionError, "expected 3 compressed attentions"):
+        with pytest.raises(AssertionError, match="expected 3 compressed attentions"):
             assert_compressed(report, n_sites=3)
 
     def test_snapshot_of_one_layer(self) -> None:

@@ -13,7 +13,6 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import adakv_compile
 from adakv_compile import CompilationRefusedError, CompressedKV, Reason
-from adakv_compile.backend import adakv
 from tests.backend.decoders import Cache, Mask, OneLayer, causal
 
 OPTIONS: dict[str, Any] = {"budget": 12, "window": 4, "inner": "eager"}
@@ -100,7 +99,7 @@ class _Dropping(OneLayer):
 
 class _ValuesOnly(OneLayer):
     def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        y, (k, v) = super().forward(x, cache)
+        y, (_, v) = super().forward(x, cache)
         return y, (v, v)
 
 
@@ -149,7 +148,7 @@ STRUCTURES: dict[str, type[OneLayer]] = {
 
 
 def _run(model: nn.Module, x: Tensor, **options: Any) -> tuple[tuple[Tensor, Cache], list[str]]:
-    compiled = torch.compile(model, backend=adakv, options={**OPTIONS, **options})
+    compiled = torch.compile(model, backend="adakv", options={**OPTIONS, **options})
     with warnings.catch_warnings(record=True) as heard, torch.no_grad():
         warnings.simplefilter("always")
         torch.manual_seed(1)
@@ -192,16 +191,16 @@ def test_a_structure_that_is_not_a_cache_is_refused(name: str) -> None:
 def test_prepended_entries_are_refused() -> None:
     # The first call can't show it: nothing is concatenated yet. Its cache is compressed, and the second call says no.
     model = _Swapped()
-    compiled = torch.compile(model, backend=adakv, options=OPTIONS)
+    compiled = torch.compile(model, backend="adakv", options=OPTIONS)
     with torch.no_grad():
         _, cache = compiled(torch.randn(1, LENGTH, 64))
-        with pytest.warns(UserWarning, match="CACHE_FORM"), pytest.raises(Exception, match="CompressedKV|cat"):
+        with pytest.warns(UserWarning, match="CACHE_FORM"), pytest.raises(Exception, match=r"CompressedKV|cat"):
             compiled(torch.randn(1, 1, 64), cache)
 
 
 def test_training_is_left_alone() -> None:
     model = OneLayer()
-    compiled = torch.compile(model, backend=adakv, options={**OPTIONS, "inner": "aot_eager"})
+    compiled = torch.compile(model, backend="adakv", options={**OPTIONS, "inner": "aot_eager"})
     x = torch.randn(2, LENGTH, 64)
     y, cache = compiled(x)
     assert not isinstance(cache[0], CompressedKV)
@@ -211,12 +210,13 @@ def test_training_is_left_alone() -> None:
 
 def test_a_wrong_option_reaches_the_user() -> None:
     with pytest.raises(Exception, match="unknown option 'budgt'; did you mean 'budget'"):
-        torch.compile(OneLayer(), backend=adakv, options={"budgt": 3})(torch.randn(1, 8, 64))
+        torch.compile(OneLayer(), backend="adakv", options={"budgt": 3})(torch.randn(1, 8, 64))
 
 
 def test_every_refusal_names_a_line_of_the_model() -> None:
     report = adakv_compile.explain(OneLayer(_prefix), torch.randn(1, LENGTH, 64), options=OPTIONS)
     (refusal,) = report.refusals
     assert refusal.reason is Reason.MASK_NOT_CAUSAL
-    assert refusal.where is not None and refusal.where.file.endswith("test_refusals.py")
+    assert refusal.where is not None
+    assert refusal.where.file.endswith("test_refusals.py")
     assert "8" in refusal.where.code

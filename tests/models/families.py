@@ -61,7 +61,8 @@ def build(name: str, *, layers: int = 2, seed: int = 0, **overrides: Any) -> Pre
             "max_position_embeddings": 512,
         }
     special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
-    config = AutoConfig.for_model(family.model_type, vocab_size=VOCAB, **{**special, **sizes, **family.extra, **overrides})
+    settings = {**special, **sizes, **family.extra, **overrides}
+    config = AutoConfig.for_model(family.model_type, vocab_size=VOCAB, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():

@@ -27,7 +27,9 @@ def _attention(
     """Plain attention in float64 on dense keys and values, under ``module.adakv_kept`` ``[B, Hkv, L]``."""
     repeat = query.shape[1] // key.shape[1]
     keep = module.adakv_kept
-    keep = torch.cat([keep, keep.new_ones(*keep.shape[:2], key.shape[2] - keep.shape[2])], dim=2)
+    module.adakv_kept = keep = torch.cat([keep, keep.new_ones(*keep.shape[:2], query.shape[2])], dim=2)
+    # A sliding cache has dropped its oldest entries by now.
+    keep = keep[:, :, -key.shape[2] :]
     keep = keep.repeat_interleave(repeat, dim=1)[:, :, None]
     if attention_mask is not None:
         keep = keep & attention_mask

@@ -35,7 +35,7 @@ def test_a_budget_as_long_as_the_text_changes_nothing(name: str) -> None:
     settings |= {"return_dict_in_generate": True, "output_logits": True}
     expected = model.generate(ids, **settings)
     # strict would not notice a sliding layer, which has nothing to evict here and stays dense.
-    model.compile(backend=adakv_compile.backend.adakv, options=_options(budget=200), dynamic=True)
+    model.compile(backend="adakv", options=_options(budget=200), dynamic=True)
     found = model.generate(ids, **settings)
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.logits, expected.logits, strict=True):
@@ -49,7 +49,7 @@ def test_a_small_budget_is_dense_attention_with_evicted_entries_masked(name: str
     reference = copy.deepcopy(model)
     settings: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model.compile(backend=adakv_compile.backend.adakv, options=_options(), dynamic=True)
+    model.compile(backend="adakv", options=_options(), dynamic=True)
     with torch.no_grad():
         first = model(ids, position_ids=positions, **settings)
         dense = reference(ids, position_ids=positions, **settings)

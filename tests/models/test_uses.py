@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import adakv_compile
-from adakv_compile.backend import adakv
 from tests.models.families import VOCAB, PlainDecoder, build, greedy
 from tests.models.reference import kept_mask, masked_decode
 
@@ -23,7 +22,7 @@ def _compiled(options: dict[str, Any] = OPTIONS, **changes: Any) -> tuple[PreTra
     """Return a compiled model and the same one uncompiled."""
     model = build("llama", **changes)
     plain = copy.deepcopy(model)
-    model.compile(backend=adakv, options=options, dynamic=True)
+    model.compile(backend="adakv", options=options, dynamic=True)
     return model, plain
 
 
