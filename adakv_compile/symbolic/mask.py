@@ -44,8 +44,8 @@ class PaddingFact:
         column_offset: Column ``c`` of the mask reads column ``c + column_offset`` of the tensor; never negative.
         relation: How an element is compared.
         value: What it is compared with. A boolean padding has ``eq`` and ``True`` (``False`` when it is inverted).
-        holder: A boolean value in the graph that already is this fact, ``True`` = real token: ``[B or 1, 1, 1, kv]``, or
-            ``[kv]`` behind up to two dimensions of size one; ``None`` when there is none.
+        holder: A boolean value in the graph that already is this fact, ``True`` = real token: ``[B or 1, 1, 1, kv]``,
+            or ``[kv]`` behind up to two dimensions of size one; ``None`` when there is none.
     """
 
     node: fx.Node

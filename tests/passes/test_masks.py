@@ -297,6 +297,21 @@ def test_padding_is_found_in_the_graph() -> None:
     assert torch.equal(held.expand(BATCH, 1, 1, 7)[:, 0, 0], source != 0)
 
 
+def test_a_wider_value_does_not_hold_the_padding() -> None:
+    """What is sliced has the same elements at the same places, and more of them."""
+
+    def mask(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
+        wide = torch.nn.functional.pad(p, (0, 9)).bool()[:, None, None]
+        tall = wide.expand(-1, 1, 5, -1)
+        return causal(x, k, p) & tall[:, :, :1, : k.shape[1]]
+
+    graph = capture_mask(mask)
+    padding = graph.prove().padding
+    assert padding is not None
+    assert padding.holder is not None
+    assert tuple(padding.holder.meta["val"].shape) == (BATCH, 1, 1, 7)
+
+
 def test_inverted_padding_says_so() -> None:
     proof = capture_mask(lambda x, k, p: causal(x, k, p) & (p == 0)[:, None, None]).prove()
     assert proof.padding is not None

@@ -203,6 +203,12 @@ CASES: dict[str, Refused] = {
     "a-tiny-number": Refused(
         lambda x, k, p: torch.where(causal(x, k, p), 1.0, 1e-30).half().bool(), UNPROVEN, "_to_copy"
     ),
+    "numbers-that-wrap": Refused(
+        lambda x, k, p: causal(x, k, p) & (p.flip(-1) << 32).int().bool()[:, None, :, None], UNPROVEN, "_to_copy"
+    ),
+    "many-absolute-values": Refused(
+        lambda x, k, p: sum((columns(k) - i * rows(x, k)).abs() for i in range(2, 14)) <= 90, UNPROVEN, "no known form"
+    ),
     "bytes-that-wrap": Refused(
         lambda x, k, p: (columns(k) * 100).to(torch.uint8) <= rows(x, k) * 100, UNPROVEN, "aten.le"
     ),
