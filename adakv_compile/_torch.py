@@ -1,13 +1,15 @@
 """The one module that touches PyTorch's private APIs; everything else goes through these few functions.
 
-Verified on torch 2.13; the names used exist since 2.11.
+Verified on torch 2.13.
 """
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -80,7 +82,8 @@ def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMo
     # A context of its own: the export records metadata there that the real compilation must not find.
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         module, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
-    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    mutated: dict[str, str] = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    assert isinstance(module, fx.GraphModule)
     return module, mutated, [*signature.parameters, *signature.buffers]
 
 
@@ -157,9 +160,7 @@ def mode_patches(mode: str) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
-def compile_graph(
-    gm: fx.GraphModule, inputs: Sequence[object], inner: str, patches: dict[str, Any]
-) -> Callable[..., Any]:
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches: dict[str, Any]) -> Callable[..., Any]:
     """Compile ``gm`` with the inner compiler; ``gm`` is consumed.
 
     Args:
@@ -171,7 +172,7 @@ def compile_graph(
     if inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(gm, list(inputs), config_patches=patches or None)
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches or None))
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 

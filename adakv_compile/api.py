@@ -28,9 +28,7 @@ def compile(
 ) -> Callable[[_Target], _Target]: ...
 @overload
 def compile(target: _Target, /, *, dynamic: bool | None = True, fullgraph: bool = False, **options: Any) -> _Target: ...
-def compile(
-    target: Any = None, /, *, dynamic: bool | None = True, fullgraph: bool = False, **options: Any
-) -> Any:
+def compile(target: Any = None, /, *, dynamic: bool | None = True, fullgraph: bool = False, **options: Any) -> Any:
     """Compile a function, a module or a module class with the ``adakv`` backend; usable as a decorator.
 
     A module is compiled in place, so that methods which call it (``generate`` of transformers, for one) are served,

@@ -146,8 +146,8 @@ class Boundary:
 
 
 def bind(
-    boundary: Boundary, compiled: Callable[..., Sequence[Any]], fallback: Callable[..., Any]
-) -> Callable[..., tuple[Any, ...]]:
+    boundary: Boundary, compiled: Callable[..., Sequence[Any]], fallback: Callable[..., Sequence[Any]]
+) -> Callable[..., Sequence[Any]]:
     """Return the callable that Dynamo will run.
 
     Args:
@@ -160,7 +160,7 @@ def bind(
     pasts = boundary.pasts
     getters = [_getter(source) for source in boundary.inputs]
 
-    def run(*args: Any) -> tuple[Any, ...]:
+    def run(*args: Any) -> Sequence[Any]:
         stores: list[LayerStore] = []
         for past in pasts:
             key, value = args[past.key], args[past.value]
@@ -223,9 +223,7 @@ def _wrap(
     return tuple(outputs)
 
 
-def _make(
-    output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]]
-) -> tuple[CompressedKV, CompressedKV]:
+def _make(output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]]) -> tuple[CompressedKV, CompressedKV]:
     keys, values, offsets, positions = results[output.first : output.first + 4]
     length, start = (0, 0) if output.past is None else before[output.past]
     end = start + length + _number(output.tokens, results)

@@ -9,6 +9,7 @@ from typing import Any, Final
 import sympy
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 __all__ = ["print_graph"]
 
@@ -92,6 +93,6 @@ def _letter(index: int) -> str:
 
 
 def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).removeprefix("aten.")
     return getattr(target, "__name__", str(target))

@@ -46,11 +46,18 @@ def _model(layers: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+def _dims(config: LlamaConfig) -> tuple[int, int]:
+    """Return KV heads and head dimension."""
+    assert config.num_key_value_heads is not None
+    return config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+
+
 def _filled(model: LlamaForCausalLM, length: int) -> DynamicCache:
     """Return a dense cache of random entries: the time of attention does not depend on their values."""
-    cache, config = DynamicCache(config=model.config), model.config
-    shape = (1, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
-    for layer in range(config.num_hidden_layers):
+    cache = DynamicCache(config=model.config)
+    heads, dim = _dims(model.config)
+    shape = (1, heads, length, dim)
+    for layer in range(model.config.num_hidden_layers):
         cache.update(torch.randn(shape), torch.randn(shape), layer)
     return cache
 
@@ -71,9 +78,9 @@ def _memory(model: LlamaForCausalLM, length: int, budget: int) -> tuple[dict[str
     begin = time.perf_counter()
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     seconds = time.perf_counter() - begin
-    stats, config = adakv_compile.cache_stats(cache), model.config
-    dim = config.hidden_size // config.num_attention_heads
-    formula = 2 * config.num_hidden_layers * config.num_key_value_heads * budget * dim * 4
+    stats = adakv_compile.cache_stats(cache)
+    heads, dim = _dims(model.config)
+    formula = 2 * model.config.num_hidden_layers * heads * budget * dim * 4
     row = {
         "prompt": length,
         "budget": budget,
@@ -112,7 +119,8 @@ def _decode(
 
 def _timeline(model: Callable[..., Any], config: LlamaConfig, length: int) -> list[int]:
     """Return how many dense K or V tensors of a layer are alive after every allocation of a prefill."""
-    wanted = config.num_key_value_heads * length * (config.hidden_size // config.num_attention_heads) * 4
+    heads, dim = _dims(config)
+    wanted = heads * length * dim * 4
     ids = torch.randint(0, 16_000, (1, length))
     model(ids, use_cache=True, logits_to_keep=1)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from torch._ops import OpOverload
 
 __all__ = ["LIBRARY", "NAMESPACE", "OpSpec", "register"]
 
@@ -36,6 +37,11 @@ class OpSpec:
     def name(self) -> str:
         """The op's name inside the namespace."""
         return self.schema.partition("(")[0]
+
+    @property
+    def overload(self) -> OpOverload:
+        """The registered op, as a graph calls it."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
 
 def register(spec: OpSpec) -> None:

@@ -82,9 +82,7 @@ class Plan:
     def describe(self) -> tuple[SiteReport, ...]:
         """Return the report of every attention, in order."""
         done = [_describe(planned) for planned in self.sites]
-        left = [
-            SiteReport(i, "leave", "", "", (), "", refusal, source_line(node)) for i, node, refusal in self.left
-        ]
+        left = [SiteReport(i, "leave", "", "", (), "", refusal, source_line(node)) for i, node, refusal in self.left]
         return tuple(sorted(done + left, key=lambda site: site.index))
 
 
@@ -165,9 +163,7 @@ def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
     return Refusal(Reason.MASK_NOT_CAUSAL if proof.proved else Reason.MASK_UNPROVEN, detail, where)
 
 
-def _mask_of_prefill(
-    site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options
-) -> MaskUse | Refusal:
+def _mask_of_prefill(site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options) -> MaskUse | Refusal:
     if not proof.is_self_causal(site.query_length, site.key_length):
         return _refuse_mask(site, proof)
     window = static_int(proof.window)

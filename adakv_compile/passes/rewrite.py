@@ -10,8 +10,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import fx
 
-import adakv_compile.kernels  # noqa: F401  (registers the operators that are put into the graph)
-from adakv_compile import _torch
+from adakv_compile import _torch, kernels
 from adakv_compile.call import (
     STORE_TENSORS,
     Boundary,
@@ -97,12 +96,8 @@ class _Rewriter:
         inputs = self._drop_dense_pasts()
         self.graph.lint()
         self.program.module.recompile()
-        boundary = Boundary(
-            inputs=tuple(source for source, _ in inputs), pasts=tuple(self.pasts), outputs=outputs
-        )
-        return Rewritten(
-            self.program.module, tuple(example for _, example in inputs), boundary, tuple(self.unguarded)
-        )
+        boundary = Boundary(inputs=tuple(source for source, _ in inputs), pasts=tuple(self.pasts), outputs=outputs)
+        return Rewritten(self.program.module, tuple(example for _, example in inputs), boundary, tuple(self.unguarded))
 
     # -- the three actions ------------------------------------------------------------------------------------------
 
@@ -113,19 +108,17 @@ class _Rewriter:
         with self.graph.inserting_before(site.node.next):
             padding = self._padding(planned, shape_of(planned.key.cached)[2])
             scores = self._call(
-                torch.ops.adakv.observe_v1.default,
+                kernels.observe.SPEC.overload,
                 (site.query, key, padding, site.scale, mask.sliding_window, policy),
                 like=site.node,
             )
             kept = self._call(
-                torch.ops.adakv.select_v1.default,
+                kernels.select.SPEC.overload,
                 (scores, padding, mask.sliding_window, policy),
                 like=site.node,
             )
             positions, offsets = (self._call(operator.getitem, (kept, i), like=site.node) for i in range(2))
-            stored = self._call(
-                torch.ops.adakv.compact_v1.default, (key, value, positions, offsets), like=site.node
-            )
+            stored = self._call(kernels.compact.SPEC.overload, (key, value, positions, offsets), like=site.node)
             keys, values = (self._call(operator.getitem, (stored, i), like=site.node) for i in range(2))
             tokens = self._length(key)
         self._return_made(planned, (keys, values, offsets, positions), tokens, None, "all")
@@ -135,7 +128,7 @@ class _Rewriter:
         past, parts = self._past(planned, appends=1)
         with self.graph.inserting_before(site.node):
             out = self._call(
-                torch.ops.adakv.decode_attention_v1.default,
+                kernels.decode_attention.SPEC.overload,
                 (
                     site.query,
                     planned.key.new,
@@ -161,7 +154,7 @@ class _Rewriter:
         lengths = [self._host_length(past, name) for name in ("tail_length", "prefix_length")]
         with self.graph.inserting_before(site.node):
             result = self._call(
-                torch.ops.adakv.extend_v1.default,
+                kernels.extend.SPEC.overload,
                 (
                     site.query,
                     planned.key.new,

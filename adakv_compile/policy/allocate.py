@@ -9,9 +9,7 @@ from adakv_compile.policy.policy import Policy
 __all__ = ["head_budgets", "uniform_budgets"]
 
 
-def head_budgets(
-    policy: Policy, counts: torch.Tensor, total: torch.Tensor, available: torch.Tensor
-) -> torch.Tensor:
+def head_budgets(policy: Policy, counts: torch.Tensor, total: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
     """Return the entries of each head: ``alpha`` of its uniform share, the rest as counted.
 
     Exact: ``alpha`` is a rational, the arithmetic is on integers, and the largest remainders get

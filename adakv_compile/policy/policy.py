@@ -79,28 +79,18 @@ class Policy:
             if value < low:
                 raise ValueError(f"{name} is {value}; it must be at least {low}")
         if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size is {self.kernel_size}; it must be odd, so that pooling is centred"
-            )
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd, so that pooling is centred")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it must lie in [0, 1]")
         if not 0 <= self.layer < self.num_layers:
-            raise ValueError(
-                f"layer is {self.layer} of num_layers={self.num_layers}; give 0 to "
-                f"{self.num_layers - 1}"
-            )
+            raise ValueError(f"layer is {self.layer} of num_layers={self.num_layers}; give 0 to {self.num_layers - 1}")
         if isinstance(self.budget, float):
             if not 0 < self.budget < 1:
-                raise ValueError(
-                    f"budget is {self.budget}; a float is a share of the length and lies in (0, 1)"
-                )
+                raise ValueError(f"budget is {self.budget}; a float is a share of the length and lies in (0, 1)")
         elif self.budget < self.floor:
-            what = (
-                f"sinks={self.sinks}" if self.method == "streamingllm" else f"window={self.window}"
-            )
+            what = f"sinks={self.sinks}" if self.method == "streamingllm" else f"window={self.window}"
             raise ValueError(
-                f"budget is {self.budget} but {what} entries of every head are always kept; "
-                f"give at least {self.floor}"
+                f"budget is {self.budget} but {what} entries of every head are always kept; give at least {self.floor}"
             )
 
     @property
@@ -131,9 +121,7 @@ class Policy:
     def encode(self) -> str:
         """Return the canonical text form, ``"method=ada-snapkv;budget=1024;..."``."""
         values = dataclasses.replace(self, alpha=float(self.alpha))
-        return ";".join(
-            f"{field.name}={getattr(values, field.name)}" for field in dataclasses.fields(self)
-        )
+        return ";".join(f"{field.name}={getattr(values, field.name)}" for field in dataclasses.fields(self))
 
     @staticmethod
     def decode(text: str) -> Policy:
@@ -153,10 +141,7 @@ def _decode(text: str) -> Policy:
     names = [field.name for field in dataclasses.fields(Policy)]
     pairs = [part.partition("=") for part in text.split(";")]
     if [name for name, _, _ in pairs] != names:
-        raise ValueError(
-            f"not an encoded policy: {text!r}; "
-            f"expected the fields {', '.join(names)}, in this order"
-        )
+        raise ValueError(f"not an encoded policy: {text!r}; expected the fields {', '.join(names)}, in this order")
     given = {name: value for name, _, value in pairs}
     try:
         return Policy(

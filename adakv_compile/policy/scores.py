@@ -55,9 +55,7 @@ def window_scores(
     """
     num_query_heads, num_kv_heads = query.shape[1], key.shape[1]
     if num_query_heads % num_kv_heads:
-        raise ValueError(
-            f"{num_query_heads} query heads do not divide over {num_kv_heads} KV heads"
-        )
+        raise ValueError(f"{num_query_heads} query heads do not divide over {num_kv_heads} KV heads")
     batch, _, window, dim = query.shape
     group = num_query_heads // num_kv_heads
     grouped = query.view(batch, num_kv_heads, group, window, dim)

@@ -138,9 +138,7 @@ def _rank_keys(policy: Policy, scores: torch.Tensor, candidates: torch.Tensor) -
     scores = scores.to(torch.float32)
     counted = candidates & ~scores.isnan()
     outside = -torch.inf if policy.pool == "max" else 0.0
-    pooled = pool_scores(
-        scores.masked_fill(~counted, outside), kind=policy.pool, kernel_size=policy.kernel_size
-    )
+    pooled = pool_scores(scores.masked_fill(~counted, outside), kind=policy.pool, kernel_size=policy.kernel_size)
     pooled = pooled.masked_fill(pooled == 0, 0.0)  # -0.0 ties with 0.0
     bits = pooled.view(torch.int32)
     # Floats order as sign and magnitude; flipping the negative ones makes that two's complement.

@@ -110,13 +110,13 @@ def test_a_second_process_finds_the_compiled_graphs(tmp_path: Path) -> None:
 
 def test_generate_of_a_wrapped_model_is_compressed() -> None:
     model = build("llama")
-    wrapped = torch.compile(model, backend="adakv", options=SMALL, dynamic=True)
+    wrapped: Any = torch.compile(model, backend="adakv", options=SMALL, dynamic=True)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     out = wrapped.generate(_ids(1, 60), **settings)
     assert isinstance(out.past_key_values.layers[0].keys, CompressedKV)
     # Only calls through the wrapper are compiled, as with every torch.compile: the model itself stays as it was.
     assert not isinstance(model.generate(_ids(1, 60), **settings).past_key_values.layers[0].keys, CompressedKV)
-    other = torch.compile(model, backend="eager")
+    other: Any = torch.compile(model, backend="eager")
     assert not isinstance(other.generate(_ids(1, 60), **settings).past_key_values.layers[0].keys, CompressedKV)
 
 
@@ -136,7 +136,7 @@ def test_the_decorator_takes_functions_modules_and_classes() -> None:
             assert isinstance(call(x)[1][0], CompressedKV)
     assert isinstance(model, Decorated)
     assert isinstance(instance, nn.Module)
-    with pytest.raises(TypeError, match="takes a function, an nn.Module or an nn.Module class"):
+    with pytest.raises(TypeError, match=r"takes a function, an nn\.Module or an nn\.Module class"):
         adakv_compile.compile(3)
     with pytest.raises(adakv_compile.OptionsError, match="did you mean 'budget'"):
         adakv_compile.compile(OneLayer(), bugdet=3)
@@ -189,7 +189,9 @@ class TestSnapshot(TestCase):
 
     def test_snapshot_of_one_layer(self) -> None:
         text = graph_snapshot(OneLayer(), torch.randn(1, 40, 64), options={"budget": 12, "window": 4})
-        self.assertExpectedInline(text, """\
+        self.assertExpectedInline(
+            text,
+            """\
 graph 0: compress
 %0 = input -> f32[1, 40, 64]
 %1 = input -> f32[64, 64]
@@ -221,4 +223,5 @@ graph 0: compress
 %27 = getitem(%25, 1) -> f32[1, 24, 16]
 %28 = transpose.int(%20, 1, 2) -> f32[1, 40, 4, 16]
 %29 = view.default(%28, [1, 40, 64]) -> f32[1, 40, 64]
-return [%26, %27, %24, %23, %29]""")
+return [%26, %27, %24, %23, %29]""",
+        )

@@ -15,7 +15,7 @@ NAME = "adakv_test_reference"
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,

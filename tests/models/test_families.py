@@ -70,7 +70,5 @@ def test_a_small_budget_is_dense_attention_with_evicted_entries_masked(name: str
         for t in range(tokens.shape[1]):
             attention = torch.cat([attention, attention.new_ones(2, 1)], dim=1)
             position = attention.sum(-1, keepdim=True) - 1
-            out = model(
-                tokens[:, t : t + 1], past_key_values=cache, attention_mask=attention, position_ids=position
-            )
+            out = model(tokens[:, t : t + 1], past_key_values=cache, attention_mask=attention, position_ids=position)
             torch.testing.assert_close(out.logits[:, -1], expected[:, t], rtol=1e-4, atol=2e-3)

@@ -87,9 +87,7 @@ def algorithm_1(total: int, scores: Sequence[dict[int, float]]) -> list[int]:
         scores: For each head, position to score.
     """
     ranking = sorted(
-        (-score, position, head)
-        for head, of_head in enumerate(scores)
-        for position, score in of_head.items()
+        (-score, position, head) for head, of_head in enumerate(scores) for position, score in of_head.items()
     )
     counts = [0] * len(scores)
     for _, _, head in ranking[:total]:
@@ -109,10 +107,7 @@ def uniform(total: int, available: Sequence[int]) -> list[int]:
 
 def mix(alpha: Fraction, uniform_budgets: Sequence[int], counts: Sequence[int]) -> list[int]:
     """The safeguard, ``alpha * uniform + (1 - alpha) * counts``, rounded by largest remainder."""
-    exact = [
-        alpha * share + (1 - alpha) * count
-        for share, count in zip(uniform_budgets, counts, strict=True)
-    ]
+    exact = [alpha * share + (1 - alpha) * count for share, count in zip(uniform_budgets, counts, strict=True)]
     budgets = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda head: (budgets[head] - exact[head], head))
     for head in by_remainder[: sum(counts) - sum(budgets)]:
@@ -171,9 +166,7 @@ def streaming(valid: Sequence[Sequence[bool]], *, total: int, sinks: int) -> lis
     return kept
 
 
-def pyramid_layers(
-    budget: int, window: int, beta: int, num_layers: int, length: int
-) -> list[Fraction]:
+def pyramid_layers(budget: int, window: int, beta: int, num_layers: int, length: int) -> list[Fraction]:
     """PyramidKV's budgets before rounding: on a line whose mean is ``budget``, window included."""
     if length <= budget:
         return [Fraction(length)] * num_layers

@@ -25,9 +25,7 @@ def rows(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 @settings(deadline=None, max_examples=300)
 @given(rows(), st.sampled_from(ALPHAS))
-def test_budgets_are_the_oracles_and_sum_exactly(
-    row: tuple[list[int], list[int], int], alpha: float
-) -> None:
+def test_budgets_are_the_oracles_and_sum_exactly(row: tuple[list[int], list[int], int], alpha: float) -> None:
     available, counts, total = row
     budgets = head_budgets(
         Policy(alpha=alpha),
@@ -51,9 +49,7 @@ def test_uniform_budgets_are_dealt_in_turn(row: tuple[list[int], list[int], int]
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(rows(), min_size=2, max_size=4), st.sampled_from(ALPHAS))
-def test_rows_are_independent(
-    several: list[tuple[list[int], list[int], int]], alpha: float
-) -> None:
+def test_rows_are_independent(several: list[tuple[list[int], list[int], int]], alpha: float) -> None:
     heads = min(len(available) for available, _, _ in several)
     available = torch.tensor([row[0][:heads] for row in several])
     counts = torch.tensor([row[1][:heads] for row in several])

@@ -51,8 +51,7 @@ def test_adaptive_bound_is_never_above_the_uniform_one(sharpness: float) -> None
     for seed in range(50):
         weights = attention(seed, 6, 80, sharpness)
         retained = [
-            (weights * keep_for(weights, budget=20, window=4, alpha=alpha)).sum()
-            for alpha in (1.0, 0.5, 0.2, 0.0)
+            (weights * keep_for(weights, budget=20, window=4, alpha=alpha)).sum() for alpha in (1.0, 0.5, 0.2, 0.0)
         ]
         # Float32 scores may swap weights that are equal to within their rounding.
         for less, more in itertools.pairwise(retained):

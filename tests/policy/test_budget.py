@@ -25,10 +25,7 @@ METHODS: tuple[Method, ...] = ("ada-snapkv", "snapkv", *PYRAMIDS, "streamingllm"
 
 def layers(policy: Policy, length: int) -> list[int]:
     """Return the budgets of all layers."""
-    return [
-        layer_budget(dataclasses.replace(policy, layer=layer), length)
-        for layer in range(policy.num_layers)
-    ]
+    return [layer_budget(dataclasses.replace(policy, layer=layer), length) for layer in range(policy.num_layers)]
 
 
 @st.composite
@@ -61,9 +58,7 @@ def test_pyramid_sums_exactly_and_never_grows_with_depth(case: tuple[Policy, int
 @given(pyramids())
 def test_pyramid_is_the_line_rounded(case: tuple[Policy, int]) -> None:
     policy, length = case
-    line = paper.pyramid_layers(
-        int(policy.budget), policy.window, policy.beta, policy.num_layers, length
-    )
+    line = paper.pyramid_layers(int(policy.budget), policy.window, policy.beta, policy.num_layers, length)
     for budget, exact in zip(layers(policy, length), line, strict=True):
         assert abs(budget - exact) <= Fraction(1, 2)
 

@@ -15,9 +15,7 @@ from tests.oracles import paper
 SHAPES = [(1, 1, 1, 1, 1, 2), (2, 4, 2, 3, 9, 4), (3, 6, 1, 5, 17, 8), (2, 3, 3, 4, 4, 2)]
 
 
-def inputs(
-    shape: tuple[int, int, int, int, int, int], seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(shape: tuple[int, int, int, int, int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``query [B, Hq, W, D]`` and ``key [B, Hkv, L, D]``."""
     batch, num_query_heads, num_kv_heads, window, length, dim = shape
     generator = torch.Generator().manual_seed(seed)
@@ -59,9 +57,7 @@ def test_a_row_of_mean_scores_is_a_distribution() -> None:
 
 @pytest.mark.parametrize("limit", [1, 4 * 9 * 6, 4 * 9 * 6 * 2, 1 << 26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_do_not_change_the_scores(
-    limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_do_not_change_the_scores(limit: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (3, 4, 2, 3, 9, 4)
     query, key = (part.to(dtype) for part in inputs(shape))
     visible = torch.rand(3, 4, 3, 9) > 0.3

@@ -55,16 +55,12 @@ def test_prefill_keeps_what_the_paper_keeps(case: Case, policy: Policy) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(cases, policies(METHODS), st.data())
-def test_ragged_heads_keep_what_the_paper_keeps(
-    case: Case, policy: Policy, data: st.DataObject
-) -> None:
+def test_ragged_heads_keep_what_the_paper_keeps(case: Case, policy: Policy, data: st.DataObject) -> None:
     valid = ragged(case.batch, case.num_heads, case.length, case.seed)
     always = valid.sum(-1).clamp(max=policy.window).sum(-1)
     if policy.method == "streamingllm":
         always = torch.zeros_like(always)
-    totals = torch.tensor(
-        [data.draw(st.integers(int(low), case.num_heads * case.length + 2)) for low in always]
-    )
+    totals = torch.tensor([data.draw(st.integers(int(low), case.num_heads * case.length + 2)) for low in always])
     kept = kept_positions(select(policy, case.scores, valid, total=totals))
     for row in range(case.batch):
         expected = oracle(policy, case.scores[row], valid[row], int(totals[row]))
@@ -134,9 +130,7 @@ def test_alpha_one_is_uniform_snapkv(kind: str, method: Any) -> None:
     for seed in range(20):
         scores = scores_like(kind, (3, 90), seed)
         pooled = scores.clone()
-        pooled[:, :86] = torch.stack(
-            [torch.tensor(paper.pool(head, "max", 5)) for head in scores[:, :86].tolist()]
-        )
+        pooled[:, :86] = torch.stack([torch.tensor(paper.pool(head, "max", 5)) for head in scores[:, :86].tolist()])
         keep = select(policy, scores[None])
         assert torch.equal(keep[0], brute_force(pooled, 4, 16))
 
@@ -147,9 +141,7 @@ def test_alpha_zero_is_the_global_top(kind: str) -> None:
     for seed in range(20):
         scores = scores_like(kind, (3, 90), seed)
         keep = select(policy, scores[None])[0]
-        ranked = sorted(
-            (-float(scores[head, at]), at, head) for head in range(3) for at in range(86)
-        )
+        ranked = sorted((-float(scores[head, at]), at, head) for head in range(3) for at in range(86))
         expected = torch.zeros(3, 90, dtype=torch.bool)
         expected[:, 86:] = True
         for _, at, head in ranked[:48]:

@@ -62,9 +62,7 @@ def test_one_trace_serves_every_length(policy: Policy) -> None:
     def traced(scores: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         return prefill(policy, scores, padding)
 
-    graph = make_fx(traced, tracing_mode="symbolic")(
-        scores_like("smooth", (2, 3, 40), 0), left_padding(2, 40, 0)
-    )
+    graph = make_fx(traced, tracing_mode="symbolic")(scores_like("smooth", (2, 3, 40), 0), left_padding(2, 40, 0))
     for length in (9, 33, 57):
         scores, padding = scores_like("tied", (2, 3, length), 1), left_padding(2, length, 1)
         assert torch.equal(graph(scores, padding), prefill(policy, scores, padding))
@@ -74,9 +72,7 @@ def test_one_trace_of_the_scores_serves_every_length() -> None:
     def traced(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return window_scores(query, key, scale=0.5)
 
-    graph = make_fx(traced, tracing_mode="symbolic")(
-        torch.randn(2, 4, 3, 8), torch.randn(2, 2, 40, 8)
-    )
+    graph = make_fx(traced, tracing_mode="symbolic")(torch.randn(2, 4, 3, 8), torch.randn(2, 2, 40, 8))
     for length in (9, 33):
         query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, length, 8)
         torch.testing.assert_close(graph(query, key), traced(query, key))
