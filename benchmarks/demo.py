@@ -210,7 +210,8 @@ def _summary(outcomes: Sequence[Outcome], scene: Scene) -> Table:
     """Return the table of all outcomes."""
     table = Table(title="Right answers and KV-cache held")
     for name in ("cache", "entries per head", "held", "of full", "question in prompt", "document first", "seconds"):
-        table.add_column(name, justify="left" if name == "cache" else "right")
+        first = name == "cache"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for o in outcomes:
         table.add_row(
             o.label,
@@ -273,8 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", type=int, nargs="+", help="entries per KV head on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("build/demo-heads.png"))
+    parser.add_argument("--threads", type=int, default=1, help="the model is too small to gain from more")
     options = parser.parse_args(arguments)
 
+    torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     console = Console()
     budgets = options.budgets or [round(options.length * share) for share in _BUDGET_SHARES]
