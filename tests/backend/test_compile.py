@@ -158,6 +158,52 @@ def test_a_failure_in_the_middle_of_a_step_leaves_the_cache_whole() -> None:
     assert torch.equal(found, expected)
 
 
+class _Counting(OneLayer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, cache: Any = None) -> Any:
+        self.calls.add_(1)
+        y, cache = super().forward(x, cache)
+        return y * self.calls, cache
+
+
+def test_what_the_model_changes_in_place_is_changed() -> None:
+    model = _Counting()
+    plain = copy.deepcopy(model)
+    compiled = adakv_compile.compile(model, **{**SMALL, "budget": 400})
+    cache, dense = None, None
+    with torch.no_grad():
+        for length in (40, 1, 1, 7):
+            x = torch.randn(2, length, 64)
+            y, cache = compiled(x, cache)
+            expected, dense = plain(x, dense)
+            torch.testing.assert_close(y, expected)
+    assert model.calls == plain.calls == 4
+    assert isinstance(cache, tuple)
+    assert isinstance(cache[0], CompressedKV)
+
+
+def test_inference_mode() -> None:
+    model = build("llama")
+    model.compile(backend="adakv", options=SMALL, dynamic=True)
+    with torch.inference_mode():
+        first = model(_ids(1, 60), use_cache=True)
+        second = model(_ids(1, 1), past_key_values=first.past_key_values)
+    assert second.past_key_values.layers[0].keys.head_lengths.sum() == 2 * 25
+
+
+def test_a_prompt_of_one_token_and_a_window_longer_than_the_prompt() -> None:
+    model = build("llama")
+    plain = copy.deepcopy(model)
+    model.compile(backend="adakv", options=SMALL, dynamic=True)
+    for length in (1, 2, 5):
+        ids = _ids(1, length)
+        settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
 def test_a_cache_of_another_model_is_refused_by_name() -> None:
     with torch.no_grad():
         wide = torch.compile(build("llama"), backend="adakv", options=SMALL, dynamic=True)
