@@ -173,13 +173,15 @@ def bind(
                 return fallback(*args)
             stores.append(store)
         before = [(args[past.key].shape[2], args[past.key].start) for past in pasts]
+        finished = False
         try:
             results = compiled(*[get(args, stores) for get in getters])
-        except BaseException:
-            # Some layers may have appended already: let their device cursors say again what the host says.
-            for store in stores:
-                store.rewind()
-            raise
+            finished = True
+        finally:
+            if not finished:
+                # Some layers may have appended already: their device cursors must say again what the host says.
+                for store in stores:
+                    store.rewind()
         for past, store in zip(pasts, stores, strict=True):
             if past.appends:
                 store.advance(past.appends)

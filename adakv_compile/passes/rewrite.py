@@ -5,28 +5,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from adakv_compile import _torch, kernels
+from adakv_compile import kernels
 from adakv_compile.call import (
     STORE_TENSORS,
     Boundary,
     CachedLength,
-    Dimension,
     Grown,
-    Input,
     Made,
     Output,
-    Passed,
-    Past,
     Returned,
-    StorePart,
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.cache import CacheUpdate
+from adakv_compile.passes.inputs import GraphInputs
 from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.plan import Action, Plan, PlannedSite
@@ -34,8 +30,6 @@ from adakv_compile.passes.plan import Action, Plan, PlannedSite
 __all__ = ["Rewritten", "rewrite"]
 
 aten = torch.ops.aten
-# Any size will do for tracing, as long as nothing takes it for another one: no layer has exactly so many entries.
-_HINT: Final = 4099
 
 
 @dataclass(frozen=True)
@@ -66,19 +60,16 @@ def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewr
     Raises:
         RuntimeError: A value of the dense cache is still needed after the rewrite.
     """
-    return _Rewriter(program, plan, example_inputs).run()
+    return _Rewriter(program, plan, GraphInputs(program, example_inputs)).run()
 
 
 @dataclass
 class _Rewriter:
     program: Program
     plan: Plan
-    examples: Sequence[Any]
-    new_inputs: dict[fx.Node, tuple[Input, Any]] = field(default_factory=dict[fx.Node, "tuple[Input, Any]"])
-    pasts: list[Past] = field(default_factory=list[Past])
+    inputs: GraphInputs
     results: list[fx.Node] = field(default_factory=list[fx.Node])
     cached: dict[int, Output] = field(default_factory=dict[int, Output])
-    unguarded: list[torch.SymInt] = field(default_factory=list[torch.SymInt])
 
     @property
     def graph(self) -> fx.Graph:
@@ -93,11 +84,17 @@ class _Rewriter:
             else:
                 self._recompress(planned, policy)
         outputs = self._close()
-        inputs = self._drop_dense_pasts()
+        inputs = self.inputs.finish(
+            past for planned in self.plan.sites for past in (planned.key.past, planned.value.past) if past is not None
+        )
         self.graph.lint()
         self.program.module.recompile()
-        boundary = Boundary(inputs=tuple(source for source, _ in inputs), pasts=tuple(self.pasts), outputs=outputs)
-        return Rewritten(self.program.module, tuple(example for _, example in inputs), boundary, tuple(self.unguarded))
+        return Rewritten(
+            module=self.program.module,
+            inputs=tuple(example for _, example in inputs),
+            boundary=Boundary(tuple(source for source, _ in inputs), tuple(self.inputs.pasts), outputs),
+            unguarded=tuple(self.inputs.unguarded),
+        )
 
     # -- the three actions ------------------------------------------------------------------------------------------
 
@@ -125,7 +122,7 @@ class _Rewriter:
 
     def _decode(self, planned: PlannedSite) -> None:
         site, mask = planned.site, planned.mask
-        past, parts = self._past(planned, appends=1)
+        past, parts = self.inputs.add_past(planned, appends=1)
         with self.graph.inserting_before(site.node):
             out = self._call(
                 kernels.decode_attention.SPEC.overload,
@@ -150,8 +147,8 @@ class _Rewriter:
 
     def _recompress(self, planned: PlannedSite, policy: str) -> None:
         site, mask = planned.site, planned.mask
-        past, parts = self._past(planned, appends=0)
-        lengths = [self._host_length(past, name) for name in ("tail_length", "prefix_length")]
+        past, parts = self.inputs.add_past(planned, appends=0)
+        lengths = [self.inputs.add_host_length(past, name) for name in ("tail_length", "prefix_length")]
         with self.graph.inserting_before(site.node):
             result = self._call(
                 kernels.extend.SPEC.overload,
@@ -295,64 +292,6 @@ class _Rewriter:
         self.results.append(node)
         return Returned(len(self.results) - 1)
 
-    # -- inputs -----------------------------------------------------------------------------------------------------
-
-    def _new_input(self, name: str, source: Input, example: Any) -> fx.Node:
-        first = next(node for node in self.graph.nodes if node.op != "placeholder")
-        with self.graph.inserting_before(first):
-            node = self.graph.placeholder(name)
-        node.meta["val"] = example
-        self.new_inputs[node] = (source, example)
-        return node
-
-    def _past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
-        """Add the parts of a layer's store as inputs."""
-        key, value = planned.key.past, planned.value.past
-        assert key is not None
-        assert value is not None
-        index = len(self.pasts)
-        mask = planned.mask
-        told_apart = mask.columns or mask.lookup is not None or mask.padding is not None
-        self.pasts.append(
-            Past(
-                key=self.program.inputs.index(key),
-                value=self.program.inputs.index(value),
-                appends=appends,
-                drops_oldest=told_apart or mask.sliding_window is not None,
-            )
-        )
-        batch, heads, _, key_dim = shape_of(key)
-        value_dim = shape_of(value)[3]
-        fake_mode, like = self.program.fake_mode, key.meta["val"]
-        entries, capacity = (
-            _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i, at_least_two=True)
-            for i, name in enumerate(("entries", "capacity"))
-        )
-        self.unguarded.extend((entries, capacity))
-        shapes: dict[str, tuple[Any, ...]] = {
-            "keys": (batch, entries, key_dim),
-            "values": (batch, entries, value_dim),
-            "offsets": (batch, heads + 1),
-            "positions": (batch, entries),
-            "tail_keys": (batch, heads, capacity, key_dim),
-            "tail_values": (batch, heads, capacity, value_dim),
-            "cursor": (2,),
-        }
-        parts: dict[str, fx.Node] = {}
-        for name in STORE_TENSORS:
-            if name == "cursor" and not appends:
-                continue
-            dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
-            with fake_mode:
-                fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
-            parts[name] = self._new_input(f"layer_{index}_{name}", StorePart(index, name), fake)
-        return index, parts
-
-    def _host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
-        size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT, at_least_two=False)
-        self.unguarded.append(size)
-        return self._new_input(f"layer_{past}_{name}", StorePart(past, name), size)
-
     def _close(self) -> tuple[Output, ...]:
         """Write back mutated inputs, and return what is left of the outputs and the stores."""
         output = next(iter(self.graph.find_nodes(op="output")))
@@ -370,40 +309,6 @@ class _Rewriter:
                 outputs.append(Returned(None, value))
         output.args = (tuple(self.results),)
         return tuple(outputs)
-
-    def _drop_dense_pasts(self) -> list[tuple[Input, Any]]:
-        """Remove what only the dense caches needed; return the inputs in their final order."""
-        rewritten = [update.past for planned in self.plan.sites for update in (planned.key, planned.value)]
-        dense = [past for past in rewritten if past in self.program.compressed]
-        for past in dense:
-            assert past is not None
-            for user in list(past.users):
-                if user.target is aten.sym_size.int:
-                    self._replace_size(past, user)
-        self.graph.eliminate_dead_code()
-        inputs: list[tuple[Input, Any]] = []
-        for node in self.graph.find_nodes(op="placeholder"):
-            if node in self.new_inputs:
-                inputs.append(self.new_inputs[node])
-                continue
-            if node in dense:
-                if node.users:
-                    raise RuntimeError(f"the dense cache {node.name} is still read by {list(node.users)}")
-                self.graph.erase_node(node)
-                continue
-            index = self.program.inputs.index(node)
-            inputs.append((Passed(index), self.examples[index]))
-        return inputs
-
-    def _replace_size(self, past: fx.Node, user: fx.Node) -> None:
-        dim = user.args[1]
-        assert isinstance(dim, int)
-        source = Dimension(self.program.inputs.index(past), dim)
-        node = next((known for known, (given, _) in self.new_inputs.items() if given == source), None)
-        if node is None:
-            node = self._new_input(f"{past.name}_size_{dim}", source, user.meta["val"])
-        user.replace_all_uses_with(node)
-        self.graph.erase_node(user)
 
 
 def _kinds(planned: PlannedSite) -> tuple[tuple[CacheUpdate, Literal["key"]], tuple[CacheUpdate, Literal["value"]]]:

@@ -1,0 +1,141 @@
+"""The inputs of a rewritten graph: parts of a layer's store instead of a dense cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import torch
+from torch import fx
+
+from adakv_compile import _torch
+from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
+from adakv_compile.capture import Program
+from adakv_compile.passes.nodes import shape_of
+from adakv_compile.passes.plan import PlannedSite
+
+__all__ = ["GraphInputs"]
+
+aten = torch.ops.aten
+# Any size will do for tracing, as long as nothing takes it for another one: no layer has exactly so many entries.
+_HINT: Final = 4099
+
+
+@dataclass
+class GraphInputs:
+    """Collects the inputs while a graph is rewritten.
+
+    Attributes:
+        program: The captured graph.
+        examples: The inputs Dynamo passed, one for each placeholder of the captured graph.
+        pasts: The compressed pasts, in the order they were added.
+        unguarded: Symbolic sizes that Dynamo doesn't guard on.
+    """
+
+    program: Program
+    examples: Sequence[Any]
+    pasts: list[Past] = field(default_factory=list[Past])
+    unguarded: list[torch.SymInt] = field(default_factory=list[torch.SymInt])
+    _added: dict[fx.Node, tuple[Input, Any]] = field(default_factory=dict[fx.Node, "tuple[Input, Any]"])
+
+    def add_past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
+        """Add the parts of a layer's store as inputs; return the past's index and the parts by field name.
+
+        Args:
+            planned: The attention whose past it is.
+            appends: Tokens that the graph appends to the tail in place.
+        """
+        key, value = planned.key.past, planned.value.past
+        assert key is not None
+        assert value is not None
+        index = len(self.pasts)
+        mask = planned.mask
+        told_apart = mask.columns or mask.lookup is not None or mask.padding is not None
+        self.pasts.append(
+            Past(
+                key=self.program.inputs.index(key),
+                value=self.program.inputs.index(value),
+                appends=appends,
+                drops_oldest=told_apart or mask.sliding_window is not None,
+            )
+        )
+        batch, heads, _, key_dim = shape_of(key)
+        value_dim = shape_of(value)[3]
+        fake_mode, like = self.program.fake_mode, key.meta["val"]
+        entries, capacity = (
+            _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i, at_least_two=True)
+            for i, name in enumerate(("entries", "capacity"))
+        )
+        self.unguarded.extend((entries, capacity))
+        shapes: dict[str, tuple[Any, ...]] = {
+            "keys": (batch, entries, key_dim),
+            "values": (batch, entries, value_dim),
+            "offsets": (batch, heads + 1),
+            "positions": (batch, entries),
+            "tail_keys": (batch, heads, capacity, key_dim),
+            "tail_values": (batch, heads, capacity, value_dim),
+            "cursor": (2,),
+        }
+        parts: dict[str, fx.Node] = {}
+        for name in STORE_TENSORS:
+            if name == "cursor" and not appends:
+                continue
+            dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
+            with fake_mode:
+                fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
+            parts[name] = self._add(f"layer_{index}_{name}", StorePart(index, name), fake)
+        return index, parts
+
+    def add_host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
+        """Add a length that the host knows as an integer input."""
+        size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT, at_least_two=False)
+        self.unguarded.append(size)
+        return self._add(f"layer_{past}_{name}", StorePart(past, name), size)
+
+    def _add(self, name: str, source: Input, example: Any) -> fx.Node:
+        first = next(node for node in self.program.module.graph.nodes if node.op != "placeholder")
+        with self.program.module.graph.inserting_before(first):
+            node = self.program.module.graph.placeholder(name)
+        node.meta["val"] = example
+        self._added[node] = (source, example)
+        return node
+
+    def finish(self, pasts: Iterable[fx.Node]) -> list[tuple[Input, Any]]:
+        """Remove what only the compressed caches' dense form needed; return the inputs in their final order.
+
+        Args:
+            pasts: The caches whose attention was rewritten.
+
+        Raises:
+            RuntimeError: A dense form is still read.
+        """
+        dense = [past for past in pasts if past in self.program.compressed]
+        for past in dense:
+            for user in list(past.users):
+                if user.target is aten.sym_size.int:
+                    self._replace_size(past, user)
+        self.program.module.graph.eliminate_dead_code()
+        inputs: list[tuple[Input, Any]] = []
+        for node in self.program.module.graph.find_nodes(op="placeholder"):
+            if node in self._added:
+                inputs.append(self._added[node])
+                continue
+            if node in dense:
+                if node.users:
+                    raise RuntimeError(f"the dense cache {node.name} is still read by {list(node.users)}")
+                self.program.module.graph.erase_node(node)
+                continue
+            index = self.program.inputs.index(node)
+            inputs.append((Passed(index), self.examples[index]))
+        return inputs
+
+    def _replace_size(self, past: fx.Node, user: fx.Node) -> None:
+        dim = user.args[1]
+        assert isinstance(dim, int)
+        source = Dimension(self.program.inputs.index(past), dim)
+        node = next((known for known, (given, _) in self._added.items() if given == source), None)
+        if node is None:
+            node = self._add(f"{past.name}_size_{dim}", source, user.meta["val"])
+        user.replace_all_uses_with(node)
+        self.program.module.graph.erase_node(user)
