@@ -129,7 +129,7 @@ def _two_dimensional(predicate: Tensor) -> Tensor:
 @cache
 def captured(shape: tuple[int, int, bool]) -> list[MaskGraph]:
     programs = Programs(sum(shape))
-    functions = [programs.mask() for _ in range(PROGRAMS // 3 if shape[2] else PROGRAMS)]
+    functions = [programs.mask() for _ in range(PROGRAMS // 2 if shape[2] else PROGRAMS)]
     return capture_masks(functions, queries=shape[0], keys=shape[1], dynamic=shape[2])
 
 
@@ -150,7 +150,7 @@ def test_what_is_read_and_proved_is_what_is_computed(shape: tuple[int, int, bool
                 assert torch.equal(read.expand(dense), expected)
             if proof.proved:
                 assert torch.equal(evaluate_proof(proof, run.shape, run.values, run.symbols).expand(dense), expected)
-    assert proved >= len(captured(shape)) // 10  # else the comparison says little
+    assert proved >= len(captured(shape)) // 12  # else the comparison says little
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
