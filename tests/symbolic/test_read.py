@@ -14,7 +14,7 @@ from adakv_compile.symbolic.evaluate import evaluate, evaluate_proof
 from tests.symbolic.captured import BATCH, MaskFunction, MaskGraph, capture_masks, visible_in
 
 LOWEST = torch.finfo(torch.float32).min
-PROGRAMS = 60
+PROGRAMS = 40
 SHAPES = [(5, 5, False), (4, 7, False), (1, 6, False), (4, 7, True)]
 
 
