@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from torch._inductor.utils import fresh_cache  # noqa: TID251  (a cold compilation needs empty caches)
+from torch._inductor.utils import fresh_cache
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import adakv_compile

@@ -40,9 +40,9 @@ def emit_padding(fact: PaddingFact, emit: Emit, columns: int | torch.SymInt, kep
         RuntimeError: The columns lie in the padding tensor at an offset that is no number.
     """
     if fact.holder is not None:
-        node = _as_rows(fact.holder, emit)
+        node = _as_rows(fact.holder, emit, 2)
     else:
-        node = _as_rows(fact.node, emit)
+        node = _as_rows(fact.node, emit, 2 if fact.has_rows else 1)
         if not (node.meta["val"].dtype is torch.bool and (fact.relation, fact.value) == ("eq", True)):
             node = emit(_RELATIONS[fact.relation], (node, fact.value))
         node = _columns(node, fact.column_offset, columns, emit)
@@ -61,13 +61,12 @@ def _columns(node: fx.Node, offset: sympy.Expr, columns: int | torch.SymInt, emi
     return emit(aten.slice.Tensor, (node, 1, int(offset), int(offset) + count))
 
 
-def _as_rows(node: fx.Node, emit: Emit) -> fx.Node:
-    """Drop dimensions of size one until ``[B or 1, n]`` is left; the last dimension that isn't one is ``n``."""
-    while len(shape_of(node)) > 2:
-        shape = shape_of(node)
-        order = [len(shape) - 1, *range(len(shape) - 2, -1, -1)]
-        dim = next((d for d in order if static_int(shape[d]) == 1), None)
+def _as_rows(node: fx.Node, emit: Emit, rank: int) -> fx.Node:
+    """Drop dimensions of size one, the last ones first, until ``rank`` are left; return ``[B or 1, n]``."""
+    while len(shape_of(node)) > rank:
+        sizes = shape_of(node)
+        dim = next((d for d in reversed(range(len(sizes))) if static_int(sizes[d]) == 1), None)
         if dim is None:
-            raise RuntimeError(f"the padding {node.name} has the shape {tuple(shape)}")
+            raise RuntimeError(f"the padding {node.name} has the shape {tuple(sizes)}")
         node = emit(aten.select.int, (node, dim, 0))
     return node if len(shape_of(node)) == 2 else emit(aten.unsqueeze.default, (node, 0))
