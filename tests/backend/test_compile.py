@@ -159,6 +159,8 @@ def test_a_failure_in_the_middle_of_a_step_leaves_the_cache_whole() -> None:
 
 
 class _Counting(OneLayer):
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
