@@ -85,13 +85,14 @@ def compile_or_leave(
     if refusal is not None:
         _enforce_strict((refusal,), options)
     log.info("%d nodes, %d of %d attentions compressed", nodes, sum(site.compressed for site in sites), len(sites))
+    on_compressed = any(isinstance(example, CompressedKV) for example in example_inputs)
     if observer is not None:
         observer(report)
     else:
-        _warn(report)
+        _warn(report, "eagerly" if on_compressed and compiled is None else "as under plain Inductor")
     if compiled is not None:
         return compiled
-    if any(isinstance(example, CompressedKV) for example in example_inputs):
+    if on_compressed:
         # No dense tensor exists to run this graph on. Eagerly, CompressedKV serves what it can and names what it can't.
         return gm.forward
     return _torch.compile_graph(gm, example_inputs, options.inner, _patches(options))
@@ -156,7 +157,7 @@ def _check_unguarded(program: Program, rewritten: Rewritten) -> None:
 def _failure(reason: Reason, error: Exception, options: Options) -> Refusal:
     if options.strict:
         raise error
-    log.warning("%s", reason.value, exc_info=error)
+    log.info("%s", reason.value, exc_info=error)
     return Refusal(reason, f"{type(error).__name__}: {error}")
 
 
@@ -170,11 +171,11 @@ def _enforce_strict(refusals: Sequence[Refusal], options: Options) -> None:
         )
 
 
-def _warn(report: GraphReport) -> None:
+def _warn(report: GraphReport, how: str) -> None:
     if report.refusals:
         reasons = "\n  ".join(map(str, report.refusals))
         warnings.warn(
-            f'backend="adakv" leaves an attention uncompressed; it runs as under plain Inductor.\n  {reasons}',
+            f'backend="adakv" leaves an attention uncompressed; it runs {how}.\n  {reasons}',
             stacklevel=2,
         )
 
