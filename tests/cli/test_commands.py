@@ -76,9 +76,8 @@ def test_small_budget_against_the_full_cache(prompt: Path, tmp_path: Path) -> No
 
 
 def test_budget_of_the_whole_prompt_changes_nothing(prompt: Path, tmp_path: Path) -> None:
-    result, document = _generate(prompt, tmp_path, "--budget", 1000, "--compare", "--prefill-chunk", 120)
+    result, document = _generate(prompt, tmp_path, "--budget", 1000, "--compare")
     assert document["agreement"] == {"same": True, "first_difference": None}
-    assert document["runs"][0]["prompt_parts"] == 3
     assert "Both caches give the same 4 tokens" in result.stderr
 
 
@@ -86,6 +85,7 @@ def test_prompt_in_parts_ends_within_the_budget(prompt: Path, tmp_path: Path) ->
     _, document = _generate(
         prompt, tmp_path, "--budget", BUDGET, "--prefill-chunk", 100, "--method", "snapkv", "--strict"
     )
+    assert document["runs"][0]["prompt_parts"] == 4
     assert _prefix_entries(document["runs"][0], heads=4) == [4 * BUDGET] * 4
 
 
@@ -104,12 +104,11 @@ def test_explain_needs_no_prompt() -> None:
     assert result.stdout.count("4 of 4 attentions") == 2
 
 
-@pytest.mark.slow
-def test_installed_command_with_inductor(prompt: Path) -> None:
+def test_the_command_as_it_is_installed(prompt: Path) -> None:
     command = [sys.executable, "-c", "from adakv_compile.cli import main; main()", "generate"]
     flags = ["--model", str(RETRIEVER), "--prompt-file", str(prompt), "--budget", "40", "--window", "8", "--strict"]
     done = subprocess.run(
-        [*command, *flags, "--max-new-tokens", "4", "--dtype", "float32"],
+        [*command, *flags, "--max-new-tokens", "4", "--dtype", "bfloat16", "--inner", "eager"],
         capture_output=True,
         text=True,
         timeout=540,
