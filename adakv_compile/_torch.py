@@ -1,6 +1,6 @@
 """The one module that touches PyTorch's private APIs; everything else goes through these few functions.
 
-Verified on torch 2.13.
+Verified on torch 2.11 and 2.13.
 """
 
 # pyright: reportPrivateUsage=false
