@@ -25,8 +25,8 @@ class Reason(Enum):
     MASK_UNPROVEN = "the meaning of the attention mask could not be proved"
     MASK_NOT_CAUSAL = "the attention mask lets a token see other entries than itself and those before it"
     DENSE_CACHE = (
-        "the cache is dense: it was filled outside of this backend, or its layer had nothing to evict; only a call with "
-        "several tokens compresses it"
+        "the cache is dense: it was filled outside of this backend, or its layer had nothing to evict; only a call "
+        "with several tokens compresses it"
     )
     WITHIN_WINDOW = "the layer's sliding window is not longer than the budget, so there is nothing to evict"
     CAPTURE = "the graph could not be captured"
