@@ -26,6 +26,8 @@ os.environ.update(
     TORCHINDUCTOR_COMPILE_THREADS="1",
     TRITON_CACHE_DIR=str(_CACHES / "triton"),
 )
+# Triton's kernels run natively where there is a GPU, and in Triton's interpreter, on the CPU, elsewhere.
+os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/dev/nvidiactl").exists() else "1")
 
 
 def pytest_unconfigure() -> None:

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch._ops import OpOverload
 
-__all__ = ["LIBRARY", "NAMESPACE", "OpSpec", "register"]
+from adakv_compile.kernels._support import Subject, why_unsupported
+
+__all__ = ["KERNELS", "LIBRARY", "NAMESPACE", "Kernels", "OpSpec", "register"]
 
 NAMESPACE: Final = "adakv"
 # Registrations live as long as this object.
 LIBRARY: Final = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Kernels = Literal["auto", "triton", "portable"]
+"""Who computes an op: the best for the device, or one implementation wherever it runs."""
+
+KERNELS: Final[tuple[Kernels, ...]] = get_args(Kernels)
 
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
     """One op of the dialect.
 
+    It is registered as three overloads of the same schema: ``default`` goes by the device, ``triton`` and ``portable``
+    are these implementations on any device, for whoever asks for them (``options={"kernels": ...}``).
+
     Attributes:
         schema: Name, arguments, mutations and results. The name ends in a version: compiled graphs are cached on disk
             by name, so whatever changes the schema, the fake kernel or a layout needs a new one.
         portable: Implementation for any device; never waits for the device.
         fake: Shapes, strides and dtypes of the results, without branching on symbolic sizes.
+        triton: ``"module:function"`` of the Triton implementation, imported when it is first called: Triton is slow to
+            import and need not be installed. It never waits for the device either.
+        subject: What of a call's arguments decides whether Triton serves it.
         cpu: Implementation for the CPU where reading a length costs nothing. None: the portable one.
     """
 
     schema: str
     portable: Callable[..., Any]
     fake: Callable[..., Any]
+    triton: str
+    subject: Callable[..., Subject]
     cpu: Callable[..., Any] | None = None
 
     @property
@@ -40,14 +56,43 @@ class OpSpec:
 
     @property
     def overload(self) -> OpOverload:
-        """The registered op, as a graph calls it."""
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        """The registered op that goes by the device."""
+        return self.overload_for("auto")
+
+    def overload_for(self, kernels: Kernels) -> OpOverload:
+        """Return the registered op as a graph calls it."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).__getattr__(
+            "default" if kernels == "auto" else kernels
+        )
+
+    def run_triton(self, *args: Any) -> Any:
+        """Call the Triton implementation.
+
+        Raises:
+            RuntimeError: It does not serve these arguments.
+        """
+        if why := why_unsupported(self.subject(*args)):
+            raise RuntimeError(f"{NAMESPACE}::{self.name}.triton: {why}")
+        return self._implementation()(*args)
+
+    def run_on_cuda(self, *args: Any) -> Any:
+        """Call the Triton implementation, or the portable one where Triton does not serve the arguments."""
+        return self.portable(*args) if why_unsupported(self.subject(*args)) else self._implementation()(*args)
+
+    def _implementation(self) -> Callable[..., Any]:
+        module, _, function = self.triton.partition(":")
+        return getattr(importlib.import_module(module), function)
 
 
 def register(spec: OpSpec) -> None:
     """Define an op and its implementations."""
-    LIBRARY.define(spec.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    arguments = spec.schema.removeprefix(spec.name)
+    for overload in ("", ".triton", ".portable"):
+        LIBRARY.define(f"{spec.name}{overload}{arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{spec.name}{overload}", spec.fake, lib=LIBRARY)
     LIBRARY.impl(spec.name, spec.portable, "CompositeExplicitAutograd")
+    LIBRARY.impl(spec.name, spec.run_on_cuda, "CUDA")
     if spec.cpu is not None:
         LIBRARY.impl(spec.name, spec.cpu, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{spec.name}", spec.fake, lib=LIBRARY)
+    LIBRARY.impl(f"{spec.name}.portable", spec.portable, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{spec.name}.triton", spec.run_triton, "CompositeExplicitAutograd")

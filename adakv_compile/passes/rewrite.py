@@ -106,7 +106,7 @@ class _Rewriter:
             padding = self._padding(planned, shape_of(planned.key.cached)[2])
             scores = self._call(
                 kernels.observe.SPEC.overload,
-                (site.query, key, padding, site.scale, mask.sliding_window, policy),
+                (site.query, key, padding, None, site.scale, mask.sliding_window, policy),
                 like=site.node,
             )
             kept = self._call(

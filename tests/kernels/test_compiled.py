@@ -87,7 +87,7 @@ def test_prefill_and_extension(backend: str) -> None:
     text = POLICY.encode()
 
     def prefill(query: Any, key: Any, value: Any) -> Any:
-        scores = torch.ops.adakv.observe_v1(query, key, None, 0.3, None, text)
+        scores = torch.ops.adakv.observe_v2(query, key, None, None, 0.3, None, text)
         positions, offsets = torch.ops.adakv.select_v1(scores, None, None, text)
         return (*torch.ops.adakv.compact_v1(key, value, positions, offsets), positions, offsets)
 
@@ -114,7 +114,7 @@ def test_no_recompilation_as_the_prompt_grows() -> None:
     counter = torch._dynamo.testing.CompileCounter()
 
     def prefill(query: Any, key: Any) -> Any:
-        scores = torch.ops.adakv.observe_v1(query, key, None, 0.3, None, text)
+        scores = torch.ops.adakv.observe_v2(query, key, None, None, 0.3, None, text)
         return torch.ops.adakv.select_v1(scores, None, None, text)
 
     compiled = torch.compile(prefill, backend=counter, fullgraph=True)

@@ -34,7 +34,7 @@ def prefill(policy: str, padded: bool, window: int | None) -> dict[str, tuple[An
     scores = torch.rand(2, 3, 30, generator=random)
     positions, offsets = torch.ops.adakv.select_v1(scores, padding, window, policy)
     return {
-        "observe_v1": (query, key, padding, 0.3, window, policy),
+        "observe_v2": (query, key, padding, None, 0.3, window, policy),
         "select_v1": (scores, padding, window, policy),
         "compact_v1": (key, value, positions, offsets),
     }
@@ -99,7 +99,7 @@ def test_registration_covers_the_dialect() -> None:
         "compact_v1",
         "decode_attention_v1",
         "extend_v1",
-        "observe_v1",
+        "observe_v2",
         "select_v1",
     ]
     for spec in SPECS:

@@ -67,7 +67,7 @@ def test_observe(queries: int, length: int, sliding_window: int | None, padded: 
         padding[1, -1] = False
     for gqa in ("mean", "max"):
         policy = Policy(budget=16, window=8, gqa=gqa)
-        scores = OPS.observe_v1(query, key, padding, 0.4, sliding_window, policy.encode())
+        scores = OPS.observe_v2(query, key, padding, None, 0.4, sliding_window, policy.encode())
         assert scores.dtype == torch.float32
         truth = observed(query, key, padding, 0.4, sliding_window, policy)
         assert_near(scores, truth, torch.float32)
@@ -77,14 +77,14 @@ def test_observe(queries: int, length: int, sliding_window: int | None, padded: 
 def test_observe_in_half_precision(dtype: torch.dtype) -> None:
     query, key = inputs(20, 20, dtype)
     policy = Policy(budget=16, window=8)
-    scores = OPS.observe_v1(query, key, None, 0.4, None, policy.encode())
+    scores = OPS.observe_v2(query, key, None, None, 0.4, None, policy.encode())
     assert_near(scores, observed(query, key, None, 0.4, None, policy), torch.float32)
 
 
 def test_streaming_needs_no_scores() -> None:
     query, key = inputs(20, 20)
     policy = Policy(method="streamingllm", budget=16, window=8).encode()
-    assert not OPS.observe_v1(query * torch.nan, key, None, 0.4, None, policy).any()
+    assert not OPS.observe_v2(query * torch.nan, key, None, None, 0.4, None, policy).any()
 
 
 @pytest.mark.parametrize("method", ["ada-snapkv", "snapkv", "ada-pyramid", "pyramidkv", "streamingllm"])
@@ -170,11 +170,11 @@ def test_arguments_are_checked() -> None:
     policy = Policy(budget=12, window=4).encode()
     query, key = inputs(5, 20)
     with pytest.raises(ValueError, match="observe: query heads 4 not a multiple of KV heads 3"):
-        OPS.observe_v1(query[:, :4], key, None, 1.0, None, policy)
+        OPS.observe_v2(query[:, :4], key, None, None, 1.0, None, policy)
     with pytest.raises(ValueError, match=r"observe: key is torch\.float64; expected torch\.float32"):
-        OPS.observe_v1(query, key.double(), None, 1.0, None, policy)
+        OPS.observe_v2(query, key.double(), None, None, 1.0, None, policy)
     with pytest.raises(ValueError, match=r"observe: padding has shape \[2, 19\]; expected \[2, 20\]"):
-        OPS.observe_v1(query, key, torch.ones(2, 19, dtype=torch.bool), 1.0, None, policy)
+        OPS.observe_v2(query, key, torch.ones(2, 19, dtype=torch.bool), None, 1.0, None, policy)
     with pytest.raises(ValueError, match=r"select: scores has shape \[2, 3\]; expected \[\*, \*, \*\]"):
         OPS.select_v1(torch.rand(2, 3), None, None, policy)
     with pytest.raises(ValueError, match=r"select: padding is torch\.float32; expected torch\.bool"):

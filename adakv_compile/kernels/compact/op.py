@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.compact.reference import compact
 
 __all__ = ["SPEC"]
@@ -26,9 +27,15 @@ def _fake(
     return key.new_empty((*rows, key.shape[3])), value.new_empty((*rows, value.shape[3]))
 
 
+def _subject(key: torch.Tensor, value: torch.Tensor, *_: object) -> Subject:
+    return Subject(key.device, key.dtype, (key.shape[3], value.shape[3]))
+
+
 SPEC = OpSpec(
     schema=("compact_v1(Tensor key, Tensor value, Tensor positions, Tensor offsets) -> (Tensor keys, Tensor values)"),
     portable=compact,
     fake=_fake,
+    triton="adakv_compile.kernels.compact.gpu:compact",
+    subject=_subject,
 )
 register(SPEC)

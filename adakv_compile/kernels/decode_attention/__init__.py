@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from adakv_compile.kernels.decode_attention.op import SPEC
+from adakv_compile.kernels.decode_attention.op import CURSOR_SIZE, SPEC
 
-__all__ = ["SPEC"]
+__all__ = ["CURSOR_SIZE", "SPEC"]

@@ -53,7 +53,7 @@ def decode_attention_cpu(
     )
     check_mask("decode_attention", query, mask, padding)
     batch, num_heads, count, _ = key_new.shape
-    length, start = cursor.tolist()
+    length, start = cursor[:2].tolist()
     end = length + count
     if end > tail_keys.shape[2]:
         raise ValueError(

@@ -10,7 +10,7 @@
 | `positions`      | `[B, N]` int32                 | position of every kept entry, below `cursor[1]`            |
 | `tail_keys`      | `[B, Hkv, C, Dk]` model        | **mutated**, contiguous: `T` entries written at `cursor[0]` |
 | `tail_values`    | `[B, Hkv, C, Dv]` model        | **mutated**, likewise                                      |
-| `cursor`         | `[2]` int32                    | **mutated**: tail entries in use; position of tail entry 0 |
+| `cursor`         | `[2 or more]` int32            | **mutated**: tail entries in use; position of tail entry 0 |
 | `mask`           | `[B or 1, 1 or Hq, T or 1, M]` | bool, or float to be added, or None                        |
 | `padding`        | `[B or 1, M]` bool, or None    | True for real tokens; on top of the rule or the mask       |
 | `scale`          | float                          | factor on the logits                                       |
@@ -21,19 +21,27 @@
 promise. Tail entry `i` has position `cursor[1] + i` in every row and head. A mask replaces the other rules; without one
 a query sees positions up to its own (causal) and above `P + t - sliding_window`. Column `c` of a mask is position `P +
 T - M + c`: the last one is the newest token, and what lies before the first is invisible. No tensor overlaps another.
+Elements of `cursor` past the second count programs while a kernel runs and are zero before and after. Where there are
+`CURSOR_SIZE` of them, a step of a few heads needs no other memory to be cleared and so is one launch.
 Lengths are device tensors: no step waits for the device. Softmax is float32. Cost: each entry is read once for the
 whole query group.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.decode_attention.cpu import decode_attention_cpu
 from adakv_compile.kernels.decode_attention.reference import decode_attention
 
-__all__ = ["SPEC"]
+__all__ = ["CURSOR_SIZE", "SPEC"]
+
+CURSOR_SIZE: Final = 520
+"""Elements of a store's cursor: two lengths, and counters for 512 heads and more of all rows together."""
 
 
 def _fake(
@@ -55,6 +63,12 @@ def _fake(
     return query.new_empty((*query.shape[:3], value_new.shape[3]))
 
 
+def _subject(
+    query: torch.Tensor, key_new: torch.Tensor, value_new: torch.Tensor, keys: torch.Tensor, *_: object
+) -> Subject:
+    return Subject(keys.device, keys.dtype, (key_new.shape[3], value_new.shape[3]))
+
+
 SPEC = OpSpec(
     schema=(
         "decode_attention_v1(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values,"
@@ -64,5 +78,7 @@ SPEC = OpSpec(
     portable=decode_attention,
     cpu=decode_attention_cpu,
     fake=_fake,
+    triton="adakv_compile.kernels.decode_attention.gpu:decode_attention",
+    subject=_subject,
 )
 register(SPEC)

@@ -67,7 +67,7 @@ def decode_attention(
     cursor[:1].add_(count)
     used = slot < cursor[:1]
     # What lies behind the cursor may be anything; a weight of 0 would not make a NaN vanish.
-    tail = tail_entries(tail_keys, tail_values.where(used[:, None], 0), slot + cursor[1:], used)
+    tail = tail_entries(tail_keys, tail_values.where(used[:, None], 0), slot + cursor[1:2], used)
     visibility = visibility_of(query, tail_keys.shape[1], first, mask, padding, sliding_window)
     entries = [*ragged_entries(keys, values, offsets, positions), tail]
     return attend_all(entries, query, scale, visibility)

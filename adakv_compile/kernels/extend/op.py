@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.extend.reference import Extended, extend, extended_slots
 
 __all__ = ["SPEC"]
@@ -65,6 +66,12 @@ def _fake(
     )
 
 
+def _subject(
+    query: torch.Tensor, key_new: torch.Tensor, value_new: torch.Tensor, keys: torch.Tensor, *_: object
+) -> Subject:
+    return Subject(keys.device, keys.dtype, (key_new.shape[3], value_new.shape[3]))
+
+
 SPEC = OpSpec(
     schema=(
         "extend_v1(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values, Tensor offsets,"
@@ -74,5 +81,7 @@ SPEC = OpSpec(
     ),
     portable=extend,
     fake=_fake,
+    triton="adakv_compile.kernels.extend.gpu:extend",
+    subject=_subject,
 )
 register(SPEC)

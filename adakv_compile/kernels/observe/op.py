@@ -1,10 +1,11 @@
-"""``adakv::observe_v1``: how much the observation window attends to every entry.
+"""``adakv::observe_v2``: how much the observation window attends to every entry.
 
 | argument         | shape, dtype             | meaning                                                      |
 |------------------|--------------------------|--------------------------------------------------------------|
 | `query`          | `[B, Hq, T, Dk]` model   | the call's queries; the last `min(window, T)` are used       |
 | `key`            | `[B, Hkv, L, Dk]` model  | entries that can be kept; query `t` sits at key `L - T + t`  |
 | `padding`        | `[B or 1, L]` bool, or None | True for real tokens                                      |
+| `lse`            | `[B, Hq, T]` float32, or None | log-sum-exp of each query's scaled logits over what it sees |
 | `scale`          | float                    | factor on the logits                                         |
 | `sliding_window` | int or None              | a query sees its own and the `sliding_window - 1` keys before |
 | `policy`         | str                      | `Policy.encode()`                                            |
@@ -13,7 +14,9 @@
 Softmax over the visible keys, mean over the window, mean or max over the query group (Ada-KV, Algorithm 2, lines 1-3).
 A sliding-window layer passes the slice of keys that its cache keeps: scores are normalised over what can be kept, and
 queries that lie before the slice (`L < T`) are not counted. Queries that are padding are not counted either.
-`"streamingllm"` needs no scores and gets zeros. Cost: `Hq * min(window, T) * L * Dk` products, each key read once.
+What the attention itself returns for free may be given as `lse`, if its queries saw exactly these keys; it saves a pass
+over them and changes nothing else. `"streamingllm"` needs no scores and gets zeros. Cost: `Hq * min(window, T) * L *
+Dk` products, each key read once (twice without `lse`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.observe.reference import observe
 
 __all__ = ["SPEC"]
@@ -30,6 +34,7 @@ def _fake(
     query: torch.Tensor,
     key: torch.Tensor,
     padding: torch.Tensor | None,
+    lse: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
     policy: str,
@@ -37,12 +42,18 @@ def _fake(
     return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
+def _subject(query: torch.Tensor, key: torch.Tensor, *_: object) -> Subject:
+    return Subject(key.device, key.dtype, (key.shape[3],))
+
+
 SPEC = OpSpec(
     schema=(
-        "observe_v1(Tensor query, Tensor key, Tensor? padding, float scale, int? sliding_window, str policy)"
-        " -> Tensor scores"
+        "observe_v2(Tensor query, Tensor key, Tensor? padding, Tensor? lse, float scale, int? sliding_window,"
+        " str policy) -> Tensor scores"
     ),
     portable=observe,
     fake=_fake,
+    triton="adakv_compile.kernels.observe.gpu:observe",
+    subject=_subject,
 )
 register(SPEC)

@@ -7,19 +7,23 @@ import torch
 from adakv_compile.kernels._checks import check_grouped, check_like, check_shape
 from adakv_compile.policy import Policy, window_scores
 
-__all__ = ["observe"]
+__all__ = ["check_observation", "observe"]
 
 
 def observe(
     query: torch.Tensor,
     key: torch.Tensor,
     padding: torch.Tensor | None,
+    lse: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
     policy: str,
 ) -> torch.Tensor:
-    """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`."""
-    _check(query, key, padding)
+    """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`.
+
+    The sums that ``lse`` would save are made anyway.
+    """
+    check_observation(query, key, padding, lse)
     batch, num_heads, length, _ = key.shape
     rules = Policy.decode(policy)
     # Window row ``r`` sits at key ``length - window + r``; queries before the first key see nothing that is held.
@@ -47,7 +51,14 @@ def observe(
     )
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None) -> None:
+def check_observation(
+    query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None, lse: torch.Tensor | None
+) -> None:
+    """Check the tensors of a call.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit the others.
+    """
     check_shape("observe", "query", query, (None, None, None, None))
     check_shape("observe", "key", key, (query.shape[0], None, None, query.shape[3]))
     check_like("observe", query, key=key)
@@ -56,3 +67,7 @@ def _check(query: torch.Tensor, key: torch.Tensor, padding: torch.Tensor | None)
         check_shape("observe", "padding", padding, (None if padding.shape[0] == 1 else query.shape[0], key.shape[2]))
         if padding.dtype != torch.bool:
             raise ValueError(f"observe: padding is {padding.dtype}; expected torch.bool")
+    if lse is not None:
+        check_shape("observe", "lse", lse, tuple(query.shape[:3]))
+        if lse.dtype != torch.float32:
+            raise ValueError(f"observe: lse is {lse.dtype}; expected torch.float32")

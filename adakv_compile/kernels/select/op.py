@@ -2,7 +2,7 @@
 
 | argument         | shape, dtype                | meaning                                                         |
 |------------------|-----------------------------|-----------------------------------------------------------------|
-| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v1` gives them                          |
+| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v2` gives them                          |
 | `padding`        | `[B or 1, L]` bool, or None | True for real tokens; others are never kept nor counted         |
 | `sliding_window` | int or None                 | keys a query sees, its own included                             |
 | `policy`         | str                         | `Policy.encode()`                                               |
@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.select.reference import capacity, select
 from adakv_compile.policy import Policy
 
@@ -38,6 +39,10 @@ def _fake(
     )
 
 
+def _subject(scores: torch.Tensor, *_: object) -> Subject:
+    return Subject(scores.device, scores.dtype)
+
+
 SPEC = OpSpec(
     schema=(
         "select_v1(Tensor scores, Tensor? padding, int? sliding_window, str policy)"
@@ -45,5 +50,7 @@ SPEC = OpSpec(
     ),
     portable=select,
     fake=_fake,
+    triton="adakv_compile.kernels.select.gpu:select",
+    subject=_subject,
 )
 register(SPEC)

@@ -1,0 +1,51 @@
+"""How kernels are launched, and the few device functions they share."""
+# Device code is compiled by Triton, not checked by Python's type checkers: its values have no Python types.
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["block_of", "dot", "launch"]
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    device: torch.device,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Launch a kernel on the device of its tensors, which need not be the current one.
+
+    Args:
+        kernel: A ``@triton.jit`` function.
+        grid: Programs along each axis; nothing is launched if one is 0.
+        *args: Its arguments in order: tensors, numbers, None.
+        device: Where its tensors are.
+        num_warps: Warps of a program.
+        num_stages: Stages of pipelined loops.
+        **constants: Its ``tl.constexpr`` parameters.
+    """
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def block_of(size: int, least: int = 16) -> int:
+    """Return the power of two that covers ``size`` and that ``tl.dot`` accepts."""
+    return max(least, triton.next_power_of_2(size))
+
+
+@triton.jit
+def dot(left, right):
+    """Product with float32 accumulation; exact products for float32, which tensor cores would round to tf32."""
+    return tl.dot(left, right, input_precision="ieee")
