@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from adakv_compile.errors import OptionsError
+from adakv_compile.kernels import KERNELS, Kernels
+from adakv_compile.kernels.prefill_attention import BACKENDS
 from adakv_compile.policy.policy import Gqa, Method, Policy, Pool
 
 __all__ = ["INNER_COMPILERS", "Options"]
@@ -18,6 +20,8 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "method": get_args(Method),
     "pool": get_args(Pool),
     "gqa": get_args(Gqa),
+    "kernels": KERNELS,
+    "attention": ("auto", *BACKENDS),
     "inner": INNER_COMPILERS,
 }
 # Inclusive bounds of the plain integer options; ``None`` is unbounded.
@@ -46,6 +50,11 @@ class Options:
         beta: Steepness of the pyramid (PyramidKV): the smallest layer budget is about ``1 / beta`` of the mean.
         gqa: How the scores of the query heads that share a KV head are reduced, ``"mean"`` or ``"max"``.
         sinks: First tokens that StreamingLLM always keeps.
+        kernels: Who computes the ops: ``"auto"`` (Triton's kernels on CUDA devices, the fast portable path on CPUs),
+            ``"triton"`` or ``"portable"``. What Triton does not serve falls back, with a reason in the report.
+        attention: Who computes the attention of a prompt whose mask is proved causal: ``"auto"``, ``"model"`` (the
+            operator and mask that the model calls), ``"sdpa"`` (PyTorch's, without a mask), ``"cudnn"``,
+            ``"flash-attn"`` or ``"varlen"``.
         strict: Raise instead of leaving an attention with a KV cache uncompressed.
         inner: Compiler of the rewritten graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         inductor: Settings handed to Inductor as configuration patches, as sorted ``(name, value)`` pairs.
@@ -63,6 +72,8 @@ class Options:
     beta: int = 20
     gqa: Gqa = "mean"
     sinks: int = 4
+    kernels: Kernels = "auto"
+    attention: str = "auto"
     strict: bool = False
     inner: str = "inductor"
     inductor: tuple[tuple[str, object], ...] = ()

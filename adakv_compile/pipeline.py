@@ -71,6 +71,7 @@ def compile_or_leave(
     sites: tuple[SiteReport, ...] = ()
     snapshot, nodes, refusal = "", len(gm.graph.nodes), None
     compiled: Callable[..., Any] | None = None
+    plan: Plan | None = None
     if torch.is_grad_enabled():
         refusal = Refusal(Reason.GRAD_ENABLED, "")
     else:
@@ -81,7 +82,8 @@ def compile_or_leave(
             unread = _unread_pasts(program, plan)
             if plan.sites and not unread:
                 compiled, snapshot, refusal = _rewrite_and_compile(gm, example_inputs, options, program, plan, stages)
-    report = GraphReport(nodes, sites, refusal, dict(stages.seconds), snapshot)
+    unmet = plan.unmet if plan is not None else ()
+    report = GraphReport(nodes, sites, refusal, dict(stages.seconds), snapshot, unmet)
     if refusal is not None:
         _enforce_strict((refusal,), options)
     log.info("%d nodes, %d of %d attentions compressed", nodes, sum(site.compressed for site in sites), len(sites))
@@ -178,6 +180,8 @@ def _warn(report: GraphReport, how: str) -> None:
             f'backend="adakv" leaves an attention uncompressed; it runs {how}.\n  {reasons}',
             stacklevel=2,
         )
+    if report.unmet:
+        warnings.warn('backend="adakv": ' + "; ".join(report.unmet), stacklevel=2)
 
 
 def _patches(options: Options) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class SiteReport:
         mask: What the mask was proved to mean, or how it is looked up.
         proof: The steps of that proof.
         cache: How the cache is updated.
+        kernels: Who computes the ops and, for ``"compress"``, the attention itself; with the reason where it is not
+            what was asked for or the fastest there is.
         refusal: Why the attention was left alone, for ``"leave"``.
         where: The user's line of the attention.
     """
@@ -94,6 +96,7 @@ class SiteReport:
     mask: str
     proof: tuple[str, ...]
     cache: str
+    kernels: str
     refusal: Refusal | None
     where: SourceLine | None
 
@@ -113,6 +116,7 @@ class GraphReport:
         refusal: Why the whole graph was left alone, if it was.
         seconds: Time spent in each stage.
         snapshot: The graph as it is compiled, in the stable form of :mod:`adakv_compile.testing`.
+        unmet: Options that could not be followed, and what was done instead of failing.
     """
 
     nodes: int
@@ -120,6 +124,7 @@ class GraphReport:
     refusal: Refusal | None
     seconds: Mapping[str, float]
     snapshot: str = ""
+    unmet: tuple[str, ...] = ()
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -176,8 +181,11 @@ def _graph_page(index: int, graph: GraphReport) -> str:
             lines.append(f"      at {site.where}")
         lines.append(f"      mask: {site.mask}")
         lines.append(f"      cache: {site.cache}")
+        if site.kernels:
+            lines.append(f"      kernels: {site.kernels}")
         if site.refusal is not None:
             lines.append(f"      {site.refusal}")
+    lines += [f"  not met: {wish}" for wish in graph.unmet]
     if graph.seconds:
         lines.append("  " + "  ".join(f"{stage} {value:.2f} s" for stage, value in graph.seconds.items()))
     return "\n".join(lines)

@@ -1,11 +1,39 @@
 """The op dialect that rewritten graphs call; importing this package registers all of it.
 
 One folder per op: ``op.py`` is the contract (schema, fake kernel, table), ``reference.py`` the implementation in plain
-PyTorch, which runs on any device and is what faster kernels are tested against.
+PyTorch, which runs on any device and is what faster kernels are tested against; ``gpu.py`` launches the Triton kernels
+of ``triton.py`` with the constants of ``tuning.py``.
 """
 
 from __future__ import annotations
 
-from adakv_compile.kernels import compact, decode_attention, extend, observe, select
+from typing import Final
 
-__all__ = ["compact", "decode_attention", "extend", "observe", "select"]
+from adakv_compile.kernels import compact, decode_attention, extend, observe, prefill_attention, select
+from adakv_compile.kernels._registration import KERNELS, Kernels, OpSpec
+from adakv_compile.kernels._support import Subject, why_unsupported
+
+__all__ = [
+    "KERNELS",
+    "SPECS",
+    "Kernels",
+    "OpSpec",
+    "Subject",
+    "compact",
+    "decode_attention",
+    "extend",
+    "observe",
+    "prefill_attention",
+    "select",
+    "why_unsupported",
+]
+
+SPECS: Final[tuple[OpSpec, ...]] = (
+    observe.SPEC,
+    select.SPEC,
+    compact.SPEC,
+    decode_attention.SPEC,
+    extend.SPEC,
+    prefill_attention.SPEC,
+)
+"""Every op of the dialect."""

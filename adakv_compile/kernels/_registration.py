@@ -28,8 +28,9 @@ KERNELS: Final[tuple[Kernels, ...]] = get_args(Kernels)
 class OpSpec:
     """One op of the dialect.
 
-    It is registered as three overloads of the same schema: ``default`` goes by the device, ``triton`` and ``portable``
-    are these implementations on any device, for whoever asks for them (``options={"kernels": ...}``).
+    One with a Triton implementation is registered as three overloads of the same schema: ``default`` goes by the
+    device, ``triton`` and ``portable`` are these implementations on any device, for whoever asks for them
+    (``options={"kernels": ...}``).
 
     Attributes:
         schema: Name, arguments, mutations and results. The name ends in a version: compiled graphs are cached on disk
@@ -37,16 +38,16 @@ class OpSpec:
         portable: Implementation for any device; never waits for the device.
         fake: Shapes, strides and dtypes of the results, without branching on symbolic sizes.
         triton: ``"module:function"`` of the Triton implementation, imported when it is first called: Triton is slow to
-            import and need not be installed. It never waits for the device either.
-        subject: What of a call's arguments decides whether Triton serves it.
+            import and need not be installed. It never waits for the device either. None: there is none.
+        subject: What of a call's arguments decides whether Triton serves it; given together with ``triton``.
         cpu: Implementation for the CPU where reading a length costs nothing. None: the portable one.
     """
 
     schema: str
     portable: Callable[..., Any]
     fake: Callable[..., Any]
-    triton: str
-    subject: Callable[..., Subject]
+    triton: str | None = None
+    subject: Callable[..., Subject] | None = None
     cpu: Callable[..., Any] | None = None
 
     @property
@@ -71,28 +72,36 @@ class OpSpec:
         Raises:
             RuntimeError: It does not serve these arguments.
         """
-        if why := why_unsupported(self.subject(*args)):
+        if why := self._why_not(args):
             raise RuntimeError(f"{NAMESPACE}::{self.name}.triton: {why}")
         return self._implementation()(*args)
 
     def run_on_cuda(self, *args: Any) -> Any:
         """Call the Triton implementation, or the portable one where Triton does not serve the arguments."""
-        return self.portable(*args) if why_unsupported(self.subject(*args)) else self._implementation()(*args)
+        return self.portable(*args) if self._why_not(args) else self._implementation()(*args)
+
+    def _why_not(self, args: tuple[Any, ...]) -> str | None:
+        return "the op has no Triton kernel" if self.subject is None else why_unsupported(self.subject(*args))
 
     def _implementation(self) -> Callable[..., Any]:
+        assert self.triton is not None  # there is no overload that would call this
         module, _, function = self.triton.partition(":")
         return getattr(importlib.import_module(module), function)
 
 
 def register(spec: OpSpec) -> None:
     """Define an op and its implementations."""
-    arguments = spec.schema.removeprefix(spec.name)
-    for overload in ("", ".triton", ".portable"):
-        LIBRARY.define(f"{spec.name}{overload}{arguments}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{NAMESPACE}::{spec.name}{overload}", spec.fake, lib=LIBRARY)
-    LIBRARY.impl(spec.name, spec.portable, "CompositeExplicitAutograd")
-    LIBRARY.impl(spec.name, spec.run_on_cuda, "CUDA")
+    _define(spec, "", spec.portable)
     if spec.cpu is not None:
         LIBRARY.impl(spec.name, spec.cpu, "CPU")
-    LIBRARY.impl(f"{spec.name}.portable", spec.portable, "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{spec.name}.triton", spec.run_triton, "CompositeExplicitAutograd")
+    if spec.triton is not None:
+        LIBRARY.impl(spec.name, spec.run_on_cuda, "CUDA")
+        _define(spec, ".portable", spec.portable)
+        _define(spec, ".triton", spec.run_triton)
+
+
+def _define(spec: OpSpec, overload: str, implementation: Callable[..., Any]) -> None:
+    name = f"{spec.name}{overload}"
+    LIBRARY.define(name + spec.schema.removeprefix(spec.name), tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", spec.fake, lib=LIBRARY)

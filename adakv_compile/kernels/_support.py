@@ -100,8 +100,8 @@ def _why_no_triton(device: torch.device, interpreted: bool) -> str | None:
         return "the package triton is not installed"
     if device.type == "cpu":
         return None if interpreted else "Triton runs on a CPU only in its interpreter, TRITON_INTERPRET=1"
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"device type {device.type}{' (ROCm)' if torch.version.hip else ''} is not CUDA"
+    if device.type != "cuda" or getattr(torch.version, "hip", None) is not None:
+        return f"device type {device.type} of this PyTorch is not CUDA"
     capability = target_of(device).capability
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"

@@ -12,6 +12,7 @@ from torch import fx
 from adakv_compile import _torch
 from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
 from adakv_compile.capture import Program
+from adakv_compile.kernels.decode_attention import CURSOR_SIZE
 from adakv_compile.passes.nodes import shape_of
 from adakv_compile.passes.plan import PlannedSite
 
@@ -75,7 +76,7 @@ class GraphInputs:
             "positions": (batch, entries),
             "tail_keys": (batch, heads, capacity, key_dim),
             "tail_values": (batch, heads, capacity, value_dim),
-            "cursor": (2,),
+            "cursor": (CURSOR_SIZE,),
         }
         parts: dict[str, fx.Node] = {}
         for name in STORE_TENSORS:

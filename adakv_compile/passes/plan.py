@@ -11,6 +11,7 @@ from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update
+from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, shape_of, source_line, static_int
 from adakv_compile.report import Reason, Refusal, SiteReport
@@ -50,7 +51,19 @@ class MaskUse:
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One attention that will be rewritten."""
+    """One attention that will be rewritten.
+
+    Attributes:
+        index: Position among the attentions of its graph.
+        site: The attention.
+        key: How its cached keys are updated.
+        value: How its cached values are updated.
+        mask: How the rewritten attention sees the mask.
+        action: What is done.
+        layer: Index among the attentions that are rewritten.
+        kernels: The overload of the ops.
+        attention: The backend of the prompt's attention; None for the other actions.
+    """
 
     index: int
     site: AttentionSite
@@ -59,6 +72,8 @@ class PlannedSite:
     mask: MaskUse
     action: Action
     layer: int
+    kernels: Implementation
+    attention: Implementation | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Plan:
     Attributes:
         sites: The attentions to rewrite.
         left: The attentions left alone: index, node and reason.
+        policies: What each of ``sites`` keeps, as ``Policy.encode()``.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -79,10 +95,18 @@ class Plan:
         """Why attentions were left alone, in order."""
         return tuple(refusal for _, _, refusal in self.left)
 
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """Wishes of the user's options that could not be met, each once."""
+        choices = [choice for planned in self.sites for choice in (planned.kernels, planned.attention)]
+        return tuple(dict.fromkeys(choice.unmet for choice in choices if choice is not None and choice.unmet))
+
     def describe(self) -> tuple[SiteReport, ...]:
         """Return the report of every attention, in order."""
         done = [_describe(planned) for planned in self.sites]
-        left = [SiteReport(i, "leave", "", "", (), "", refusal, source_line(node)) for i, node, refusal in self.left]
+        left = [
+            SiteReport(i, "leave", "", "", (), "", "", refusal, source_line(node)) for i, node, refusal in self.left
+        ]
         return tuple(sorted(done + left, key=lambda site: site.index))
 
 
@@ -137,7 +161,11 @@ def _decide(
         action = Action.DECODE if one_token else Action.RECOMPRESS
     if isinstance(mask, Refusal):
         return mask
-    return PlannedSite(index, site, key, value, mask, action, layer)
+    kernels = choose_kernels(options, site)
+    attention = None
+    if action is Action.COMPRESS:
+        attention = choose_attention(options, site, mask.sliding_window, mask.padding is not None)
+    return PlannedSite(index, site, key, value, mask, action, layer, kernels, attention)
 
 
 def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
@@ -195,6 +223,9 @@ def _describe(planned: PlannedSite) -> SiteReport:
     text = f"proved: {mask.proof}" if mask.lookup is None else f"looked up at the kept positions ({mask.proof})"
     past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
+    kernels = planned.kernels.text
+    if planned.attention is not None:
+        kernels += f"; attention of the prompt: {planned.attention.text}"
     return SiteReport(
         index=planned.index,
         action=planned.action.value,
@@ -202,6 +233,7 @@ def _describe(planned: PlannedSite) -> SiteReport:
         mask=text,
         proof=tuple(mask.proof.steps),
         cache=cache,
+        kernels=kernels,
         refusal=None,
         where=source_line(site.node),
     )

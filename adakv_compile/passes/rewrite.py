@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -70,6 +70,7 @@ class _Rewriter:
     inputs: GraphInputs
     results: list[fx.Node] = field(default_factory=list[fx.Node])
     cached: dict[int, Output] = field(default_factory=dict[int, Output])
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
 
     @property
     def graph(self) -> fx.Graph:
@@ -101,21 +102,26 @@ class _Rewriter:
     def _compress(self, planned: PlannedSite, policy: str) -> None:
         site, mask = planned.site, planned.mask
         key, value = (self._without_empty_past(update) for update in (planned.key, planned.value))
+        lse = self._attend(planned)
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
         with self.graph.inserting_before(site.node.next):
             padding = self._padding(planned, shape_of(planned.key.cached)[2])
             scores = self._call(
-                kernels.observe.SPEC.overload,
-                (site.query, key, padding, None, site.scale, mask.sliding_window, policy),
+                self._op(kernels.observe.SPEC, planned),
+                (site.query, key, padding, lse, site.scale, mask.sliding_window, policy),
                 like=site.node,
             )
             kept = self._call(
-                kernels.select.SPEC.overload,
+                self._op(kernels.select.SPEC, planned),
                 (scores, padding, mask.sliding_window, policy),
                 like=site.node,
             )
             positions, offsets = (self._call(operator.getitem, (kept, i), like=site.node) for i in range(2))
-            stored = self._call(kernels.compact.SPEC.overload, (key, value, positions, offsets), like=site.node)
+            stored = self._call(
+                self._op(kernels.compact.SPEC, planned),
+                (key, value, positions, offsets),
+                like=site.node,
+            )
             keys, values = (self._call(operator.getitem, (stored, i), like=site.node) for i in range(2))
             tokens = self._length(key)
         self._return_made(planned, (keys, values, offsets, positions), tokens, None, "all")
@@ -125,7 +131,7 @@ class _Rewriter:
         past, parts = self.inputs.add_past(planned, appends=1)
         with self.graph.inserting_before(site.node):
             out = self._call(
-                kernels.decode_attention.SPEC.overload,
+                self._op(kernels.decode_attention.SPEC, planned),
                 (
                     site.query,
                     planned.key.new,
@@ -151,7 +157,7 @@ class _Rewriter:
         lengths = [self.inputs.add_host_length(past, name) for name in ("tail_length", "prefix_length")]
         with self.graph.inserting_before(site.node):
             result = self._call(
-                kernels.extend.SPEC.overload,
+                self._op(kernels.extend.SPEC, planned),
                 (
                     site.query,
                     planned.key.new,
@@ -174,7 +180,41 @@ class _Rewriter:
         keys, values, offsets, positions = stored
         self._return_made(planned, (keys, values, offsets, positions), tokens, past, self._cached_length(planned.key))
 
+    def _attend(self, planned: PlannedSite) -> fx.Node | None:
+        """Let the chosen backend compute a prompt's attention; return its log-sum-exp if ``observe`` can use it."""
+        site, choice = planned.site, planned.attention
+        if choice is None or choice.name == "model":
+            return None
+        key, value = (self.replaced.get(node, node) for node in (site.key, site.value))
+        lse = None
+        with self.graph.inserting_before(site.node):
+            if choice.name == "sdpa":
+                fake = site.query.meta["val"]
+                # Grouped heads have flash and cuDNN kernels; elsewhere PyTorch would fall back to plain products.
+                grouped = fake.device.type == "cuda" and fake.dtype in (torch.float16, torch.bfloat16)
+                operands = (key, value) if grouped else site.node.args[1:3]
+                out = self._call(
+                    aten.scaled_dot_product_attention.default,
+                    (site.query, *operands, None, 0.0, True),
+                    like=site.node,
+                    scale=site.scale,
+                    enable_gqa=grouped and site.num_heads != site.num_kv_heads,
+                )
+            else:
+                arguments = (site.query, key, value, site.scale, planned.mask.sliding_window, choice.name)
+                result = self._call(kernels.prefill_attention.SPEC.overload, arguments, like=site.node)
+                out, lse = (self._call(operator.getitem, (result, i), like=site.node) for i in range(2))
+            out = self._in_layout_of(out, site.node)
+        site.node.replace_all_uses_with(out)
+        # A sliding cache scores only what it keeps, which is less than what the queries saw.
+        gives = kernels.prefill_attention.BACKENDS[choice.name].gives_lse and not planned.key.is_sliding
+        return lse if gives else None
+
     # -- pieces -----------------------------------------------------------------------------------------------------
+
+    def _op(self, spec: kernels.OpSpec, planned: PlannedSite) -> Callable[..., Any]:
+        """Return the overload of an op that the site was given."""
+        return spec.overload_for(cast("kernels.Kernels", planned.kernels.name))
 
     def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
         """Add a call whose fake value comes from the operator itself, with the provenance of ``like``."""
@@ -207,6 +247,7 @@ class _Rewriter:
         if update.past is not None or update.whole is update.new:
             return update.cached
         update.whole.replace_all_uses_with(update.new)
+        self.replaced[update.whole] = update.new
         return update.new if update.cached is update.whole else update.cached
 
     def _padding(self, planned: PlannedSite, kept: int | torch.SymInt) -> fx.Node | None:

@@ -31,7 +31,8 @@ class LayerStore:
         positions: ``[B, N]`` int32, logical position of every entry.
         tail_keys: ``[B, Hkv, C, Dk]``; tail entry ``i`` has position ``prefix_length + i``.
         tail_values: ``[B, Hkv, C, Dv]``.
-        cursor: ``[2]`` int32 on the device: tail entries in use, position of tail entry 0.
+        cursor: ``[CURSOR_SIZE]`` int32 on the device: tail entries in use, position of tail entry 0, and counters of
+            the kernels, zero between calls.
         tail_length: Host mirror of ``cursor[0]``.
         prefix_length: Host mirror of ``cursor[1]``.
         capacity: ``C``.
@@ -152,7 +153,9 @@ class LayerStore:
 
     def rewind(self) -> None:
         """Forget on the device an append that failed half-way, before :meth:`advance`: rewrite the cursor."""
+        self.cursor.zero_()
         self.cursor[0].fill_(self.tail_length)
+        self.cursor[1].fill_(self.prefix_length)
 
     @torch.no_grad()
     def append(self, new_keys: Tensor, new_values: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from adakv_compile.kernels.decode_attention import CURSOR_SIZE
 from adakv_compile.runtime.errors import TailGrowthError
 
 __all__ = ["FIRST_TAIL_CAPACITY", "Tail", "new_cursor", "new_tail", "roomy"]
@@ -26,11 +27,12 @@ def new_tail(prefix: Tensor, heads: int, capacity: int) -> Tensor:
 
 
 def new_cursor(tail_length: int, prefix_length: int, device: torch.device) -> Tensor:
-    """Return ``[2]`` int32: tail entries in use, and the position of tail entry 0."""
+    """Return ``[CURSOR_SIZE]`` int32: tail entries in use, the position of tail entry 0, and the kernels' counters."""
     # Filled by kernels: a tensor made from a list would be copied to the device, which waits for it.
     with torch.inference_mode(False):
-        cursor = torch.full((2,), prefix_length, dtype=torch.int32, device=device)
+        cursor = torch.zeros(CURSOR_SIZE, dtype=torch.int32, device=device)
         cursor[0].fill_(tail_length)
+        cursor[1].fill_(prefix_length)
     return cursor
 
 

@@ -14,7 +14,7 @@ import adakv_compile.kernels as kernels
 from adakv_compile.policy import Policy
 from tests.kernels.cases import ragged_case
 
-SPECS = [getattr(kernels, name).SPEC for name in kernels.__all__]
+SPECS = kernels.SPECS
 POLICY = Policy(budget=12, window=4).encode()
 PYRAMID = Policy(method="ada-pyramid", budget=0.3, window=4, layer=1, num_layers=2).encode()
 CASE = ragged_case([[4, 20, 0], [9, 9, 6]], prefix_length=40, poison=False)
@@ -100,6 +100,7 @@ def test_registration_covers_the_dialect() -> None:
         "decode_attention_v1",
         "extend_v1",
         "observe_v2",
+        "prefill_attention_v1",
         "select_v1",
     ]
     for spec in SPECS:

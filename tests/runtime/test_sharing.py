@@ -44,7 +44,7 @@ def test_decode_appends_in_place() -> None:
         talk = _step(talk, seed)
         assert talk.key.store is store
     assert store.capacity == 2 * FIRST_TAIL_CAPACITY
-    assert store.cursor.tolist() == [store.tail_length, store.prefix_length] == [FIRST_TAIL_CAPACITY + 3, 17]
+    assert store.cursor[:2].tolist() == [store.tail_length, store.prefix_length] == [FIRST_TAIL_CAPACITY + 3, 17]
     check(talk, torch.randn(2, 3, 1, 8).double())
 
 
@@ -262,7 +262,7 @@ def test_an_append_that_failed_on_the_way_is_forgotten() -> None:
     store = join(talk.key, talk.value, 1)
     store.cursor[0] += 1  # what a compiled graph did to this layer before it failed in another
     store.rewind()
-    assert store.cursor.tolist() == [1, 17]
+    assert store.cursor[:2].tolist() == [1, 17]
     check(_step(talk, 1), torch.randn(2, 3, 1, 8).double())
 
 
