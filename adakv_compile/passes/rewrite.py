@@ -192,13 +192,13 @@ class _Rewriter:
                 fake = site.query.meta["val"]
                 # Grouped heads have flash and cuDNN kernels; elsewhere PyTorch would fall back to plain products.
                 grouped = fake.device.type == "cuda" and fake.dtype in (torch.float16, torch.bfloat16)
-                operands = (key, value) if grouped else site.node.args[1:3]
+                given = (key, value) if grouped else cast("tuple[fx.Node, ...]", site.node.args[1:3])
                 out = self._call(
                     aten.scaled_dot_product_attention.default,
-                    (site.query, *operands, None, 0.0, True),
+                    (site.query, *given, None, 0.0, True),
                     like=site.node,
                     scale=site.scale,
-                    enable_gqa=grouped and site.num_heads != site.num_kv_heads,
+                    enable_gqa=not same_size(shape_of(given[0])[1], site.num_heads),
                 )
             else:
                 arguments = (site.query, key, value, site.scale, planned.mask.sliding_window, choice.name)
