@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from adakv_compile.kernels._checks import check_shape
+from adakv_compile.kernels._checks import check_like, check_shape
 
-__all__ = ["compact", "head_of_slots"]
+__all__ = ["check_compaction", "compact", "head_of_slots"]
+
+
+def check_compaction(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Check the tensors of a call.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit the others.
+    """
+    check_shape("compact", "key", key, (None, None, None, None))
+    batch, num_heads, length = key.shape[:3]
+    check_shape("compact", "value", value, (batch, num_heads, length, None))
+    check_like("compact", key, value=value)
+    check_shape("compact", "positions", positions, (batch, None))
+    check_shape("compact", "offsets", offsets, (batch, num_heads + 1))
+    for name, tensor in (("positions", positions), ("offsets", offsets)):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"compact: {name} is {tensor.dtype}; expected torch.int32")
+        if tensor.device != key.device:
+            raise ValueError(f"compact: {name} is on {tensor.device}; expected {key.device}")
 
 
 def head_of_slots(offsets: torch.Tensor, slots: int) -> torch.Tensor:
@@ -21,11 +40,8 @@ def compact(
     key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather the kept rows; see :mod:`adakv_compile.kernels.compact.op`."""
-    check_shape("compact", "key", key, (None, None, None, None))
-    batch, num_heads, length = key.shape[:3]
-    check_shape("compact", "value", value, (batch, num_heads, length, None))
-    check_shape("compact", "positions", positions, (batch, None))
-    check_shape("compact", "offsets", offsets, (batch, num_heads + 1))
+    check_compaction(key, value, positions, offsets)
+    batch, num_heads = key.shape[:2]
     head = head_of_slots(offsets, positions.shape[1])
     unused = (head == num_heads)[..., None]
     head = head.clamp_(max=num_heads - 1)
