@@ -8,7 +8,7 @@ Verified on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "FakeTensorMode",
     "capture",
     "compile_graph",
+    "declare_inputs",
     "fake_mode_of_this_compile",
     "fresh_size",
     "guards_on",
@@ -35,6 +36,7 @@ __all__ = [
     "route_generate",
     "seconds_compiling",
     "specialise_float_inputs",
+    "symbols_of",
 ]
 
 CapturedGraph = tuple[fx.GraphModule, dict[str, str], list[str]]
@@ -102,6 +104,11 @@ def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int, *, at_least_two:
     return size
 
 
+def symbols_of(sizes: Iterable[int | torch.SymInt]) -> frozenset[object]:
+    """Return the symbols that sizes consist of."""
+    return frozenset[object]().union(*(free_symbols(size) for size in sizes if isinstance(size, torch.SymInt)))
+
+
 def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[str]:
     """Return the guards that were put on ``sizes``: assumptions which nobody would check at run time."""
     env: ShapeEnv | None = fake_mode.shape_env
@@ -158,6 +165,31 @@ def mode_patches(mode: str) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(mode))
+
+
+def declare_inputs(
+    module: fx.GraphModule, gm: fx.GraphModule, origins: Sequence[int | None], static: Sequence[int]
+) -> None:
+    """Tell Inductor's CUDA graphs which inputs of ``module`` keep their memory, as Dynamo does for graphs of its own.
+
+    What they don't know to stay is copied at every replay: all weights, all of the cache. And a graph that writes to
+    such an input isn't recorded at all.
+
+    Args:
+        module: A graph made from Dynamo's; changed.
+        gm: Dynamo's graph.
+        origins: For each placeholder of ``module`` the one of ``gm`` that it was, or None.
+        static: Further placeholders of ``module`` that keep their memory.
+    """
+    given = gm.graph.find_nodes(op="placeholder")
+    for i, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        index = origins[i]
+        origin = None if index is None else given[index]
+        node._dynamo_source = getattr(origin, "_dynamo_source", None)
+        known = {} if origin is None else origin.meta.get("tensor_dict", {})
+        kind = "unguarded" if i in static else known.get("_dynamo_static_input_type")
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": kind}
+    module._param_name_to_source = {}  # pyright: ignore[reportArgumentType]
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches: dict[str, Any]) -> Callable[..., Any]:

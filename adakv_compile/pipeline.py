@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from adakv_compile.capture import CaptureError, Program, capture
 from adakv_compile.errors import CompilationRefusedError
 from adakv_compile.options import Options
 from adakv_compile.passes.plan import Plan, make_plan
+from adakv_compile.passes.replay import makes_cache, origins, static_inputs, why_not_replayed
 from adakv_compile.passes.rewrite import Rewritten, rewrite
 from adakv_compile.printer import print_graph
 from adakv_compile.report import GraphReport, Reason, Refusal, SiteReport
@@ -27,6 +28,8 @@ from adakv_compile.runtime.compressed import CompressedKV
 __all__ = ["compile_or_leave"]
 
 log = logging.getLogger(__name__)
+
+_CUDA_GRAPHS: Final = "triton.cudagraphs"
 
 Observer = Callable[[GraphReport], None]
 
@@ -38,10 +41,12 @@ class _Stages:
     Attributes:
         keep_snapshot: Whether somebody wants the text of the rewritten graph.
         seconds: Time of each stage.
+        unmet: What was asked for and could not be done.
     """
 
     keep_snapshot: bool
     seconds: dict[str, float] = field(default_factory=dict[str, float])
+    unmet: list[str] = field(default_factory=list[str])
 
     @contextmanager
     def time(self, stage: str) -> Generator[None]:
@@ -82,7 +87,7 @@ def compile_or_leave(
             unread = _unread_pasts(program, plan)
             if plan.sites and not unread:
                 compiled, snapshot, refusal = _rewrite_and_compile(gm, example_inputs, options, program, plan, stages)
-    unmet = plan.unmet if plan is not None else ()
+    unmet = (*(plan.unmet if plan is not None else ()), *stages.unmet)
     report = GraphReport(nodes, sites, refusal, dict(stages.seconds), snapshot, unmet)
     if refusal is not None:
         _enforce_strict((refusal,), options)
@@ -131,11 +136,25 @@ def _rewrite_and_compile(
             rewritten.module.meta.update(gm.meta)
         snapshot = print_graph(rewritten.module.graph) if stages.keep_snapshot else ""
         with stages.time("compile"):
-            inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, _patches(options))
+            patches = _patches(options)
+            if patches.get(_CUDA_GRAPHS):
+                patches = patches | _prepare_replay(gm, rewritten, stages)
+            inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, patches)
         _check_unguarded(program, rewritten)
         return bind(rewritten.boundary, inner, gm.forward), snapshot, None
     except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
         return None, "", _failure(Reason.REWRITE, error, options)
+
+
+def _prepare_replay(gm: fx.GraphModule, rewritten: Rewritten, stages: _Stages) -> dict[str, Any]:
+    """Make a graph ready to be replayed as a CUDA graph, or return the setting that keeps it from being recorded."""
+    why = why_not_replayed(rewritten)
+    if why is not None:
+        if not makes_cache(rewritten):
+            stages.unmet.append(f"a step is not replayed as a CUDA graph: {why}")
+        return {_CUDA_GRAPHS: False}
+    _torch.declare_inputs(rewritten.module, gm, origins(rewritten), static_inputs(rewritten))
+    return {}
 
 
 def _mentions_attention(gm: fx.GraphModule) -> bool:

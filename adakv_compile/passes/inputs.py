@@ -117,6 +117,7 @@ class GraphInputs:
                 if user.target is aten.sym_size.int:
                     self._replace_size(past, user)
         self.program.module.graph.eliminate_dead_code()
+        self._drop_unused_sizes(dense)
         inputs: list[tuple[Input, Any]] = []
         for node in self.program.module.graph.find_nodes(op="placeholder"):
             if node in self._added:
@@ -131,6 +132,25 @@ class GraphInputs:
             inputs.append((Passed(index), self.examples[index]))
         return inputs
 
+    def _drop_unused_sizes(self, dense: Sequence[fx.Node]) -> None:
+        """Remove integers that nothing is computed from any more, such as the length of the text.
+
+        They would change at every step, and a CUDA graph is recorded anew for every value of an integer.
+        """
+        graph = self.program.module.graph
+        unused = [
+            node
+            for node in graph.find_nodes(op="placeholder")
+            if isinstance(node.meta["val"], torch.SymInt) and not node.users and node not in self._added
+        ]
+        needed: set[object] = set()
+        for node in graph.nodes:
+            if node not in unused and node not in dense:
+                needed |= _symbols(node.meta.get("val"))
+        for node in unused:
+            if not _symbols(node.meta["val"]) & needed:
+                graph.erase_node(node)
+
     def _replace_size(self, past: fx.Node, user: fx.Node) -> None:
         dim = user.args[1]
         assert isinstance(dim, int)
@@ -140,3 +160,12 @@ class GraphInputs:
             node = self._add(f"{past.name}_size_{dim}", source, user.meta["val"])
         user.replace_all_uses_with(node)
         self.program.module.graph.erase_node(user)
+
+
+def _symbols(value: object) -> frozenset[object]:
+    """Return the symbols in the sizes of a node's value."""
+    if isinstance(value, (tuple, list)):
+        return frozenset[object]().union(*map(_symbols, value))
+    if isinstance(value, torch.Tensor):
+        return _torch.symbols_of(value.shape)
+    return _torch.symbols_of((value,)) if isinstance(value, torch.SymInt) else frozenset()
