@@ -61,11 +61,13 @@ SAMPLES = PREFILL_SAMPLES | {
 }
 
 
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_opcheck(sample: str) -> None:
+def test_opcheck(sample: str, kernel: kernels.Kernels) -> None:
+    """Schema, fake kernel and dispatch, whoever computes."""
     name, arguments = SAMPLES[sample]
-    operator = getattr(torch.ops.adakv, name).default
-    torch.library.opcheck(operator, arguments)
+    (spec,) = [spec for spec in SPECS if spec.name == name]
+    torch.library.opcheck(spec.overload_for(kernel), arguments)
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

@@ -98,7 +98,7 @@ def extend(
     slots = extended_slots(policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict)
     if evict:
         live = length if sliding_window is None else min(length, sliding_window - 1)
-        valid[..., : length - live] = False
+        valid[..., : length - live].fill_(False)
         rules = Policy.decode(policy)
         scores = _scores(rules, entries, query, scale, visibility, valid.shape, real)
         order = torch.arange(length, device=keys.device)
