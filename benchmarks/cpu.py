@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import adakv_compile
 from adakv_compile.backend import adakv
+from benchmarks.machine import describe
 
 __all__ = ["main"]
 
@@ -249,12 +248,7 @@ def main() -> None:
     ours.compile(backend=adakv, options={"budget": given.budget}, dynamic=True)
     plain.compile(backend="inductor", dynamic=True)
     results: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": describe(),
         "parameters": sum(parameter.numel() for parameter in ours.parameters()),
         "boundary": _boundary(),
     }

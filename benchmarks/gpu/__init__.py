@@ -1,0 +1,1 @@
+"""The kernels and the whole path on a GPU: ``python -m benchmarks.gpu``."""

@@ -1,0 +1,1 @@
+"""Tests of the benchmarks: what of them is no measurement."""
