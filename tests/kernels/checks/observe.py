@@ -1,0 +1,245 @@
+"""Checks of ``adakv::observe_v2``: against a dense softmax in float64, and against the portable op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from adakv_compile.kernels.observe.op import SPEC
+from adakv_compile.policy import Gqa, Policy
+from tests.kernels.checks.draw import Draw
+from tests.kernels.tolerances import assert_near
+
+__all__ = ["CHECKS"]
+
+
+def _inputs(
+    draw: Draw,
+    batch: int,
+    num_heads: int,
+    group: int,
+    count: int,
+    length: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    query = draw.normal(batch, num_heads * group, count, head_dim, dtype=dtype)
+    return query * 2, draw.normal(batch, num_heads, length, head_dim, dtype=dtype)
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    padding: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    window: int,
+    gqa: Gqa,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float64 scores ``[B, Hkv, L]`` and the log-sum-exps ``[B, Hq, T]`` of all queries, on the CPU."""
+    query, key = query.cpu().double(), key.cpu().double()
+    batch, num_heads, length, _ = key.shape
+    count, group = query.shape[2], query.shape[1] // num_heads
+    real = torch.ones(batch, length, dtype=torch.bool) if padding is None else padding.cpu().expand(batch, length)
+    places = torch.arange(length - count, length)[:, None]
+    columns = torch.arange(length)
+    visible = columns <= places
+    if sliding_window is not None:
+        visible &= columns > places - sliding_window
+    seen = (visible & real[:, None, :])[:, None]
+    logits = (query @ key.repeat_interleave(group, 1).mT * scale).masked_fill(~seen, -torch.inf)
+    sums = logits.logsumexp(-1)
+    weights = logits.softmax(-1)
+    weights = torch.where(seen.any(-1, keepdim=True), weights, 0.0)
+
+    taken = min(window, count, length)
+    counted = real[:, length - taken :]
+    weights = weights[:, :, count - taken :].masked_fill(~counted[:, None, :, None], 0.0)
+    per_head = weights.sum(2) / counted.sum(1).clamp(min=1)[:, None, None]
+    grouped = per_head.unflatten(1, (num_heads, group))
+    return grouped.amax(2) if gqa == "max" else grouped.mean(2), sums
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    *,
+    window: int = 32,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    gqa: tuple[Gqa, ...] = ("mean", "max"),
+    given: tuple[bool, ...] = (False, True),
+) -> None:
+    """Compare with both oracles, with sums of the attention and without."""
+    scale = key.shape[3] ** -0.5 if scale is None else scale
+    for reduction in gqa:
+        policy = Policy(budget=window + 16, window=window, gqa=reduction).encode()
+        oracle, sums = _dense(query, key, padding, scale, sliding_window, window, reduction)
+        portable = SPEC.overload_for("portable")(query, key, padding, None, scale, sliding_window, policy)
+        for lse in (sums.float().to(key.device) if with_sums else None for with_sums in given):
+            scores = SPEC.overload_for("triton")(query, key, padding, lse, scale, sliding_window, policy)
+            assert scores.dtype == torch.float32, f"scores are {scores.dtype}"
+            assert scores.is_contiguous(), f"scores have strides {scores.stride()}"
+            # All that follows the products is float32, whatever the dtype of the inputs.
+            assert_near(scores.cpu(), oracle, torch.float32)
+            assert_near(scores.cpu(), portable.cpu().double(), torch.float32)
+
+
+def _dtypes(draw: Draw) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _check(*_inputs(draw, 2, 2, 4, 45, 171, 64, dtype))
+
+
+def _head_dims(draw: Draw) -> None:
+    for head_dim in (8, 32, 80, 96, 112, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            _check(*_inputs(draw, 1, 2, 2, 40, 101, head_dim, dtype), gqa=("max",), given=(False,))
+
+
+def _groups(draw: Draw) -> None:
+    for group in (1, 2, 3, 5, 6, 7, 8, 16, 24):
+        _check(*_inputs(draw, 1, 2, group, 37, 97, 32, torch.bfloat16), given=(False,))
+
+
+def _windows(draw: Draw) -> None:
+    """From one query to windows of several blocks, and calls shorter than the window."""
+    for window, count, length in ((1, 9, 50), (5, 9, 50), (33, 70, 120), (100, 150, 170), (130, 130, 130), (64, 3, 77)):
+        for group in (1, 3):
+            _check(*_inputs(draw, 1, 2, group, count, length, 32), window=window, given=(False,))
+    _check(*_inputs(draw, 1, 1, 1, 300, 310, 32), window=1024, gqa=("max",))
+
+
+def _lengths(draw: Draw) -> None:
+    """Lengths around the edges of tiles, down to one key; more queries than keys."""
+    for count, length in ((1, 1), (1, 40), (2, 31), (32, 32), (20, 33), (64, 64), (40, 127), (33, 129), (50, 20), (9, 2)):
+        _check(*_inputs(draw, 1, 2, 2, count, length, 32), given=(False,))
+
+
+def _sliding(draw: Draw) -> None:
+    for sliding_window in (1, 7, 40, 64, 150, 1000):
+        _check(*_inputs(draw, 1, 2, 3, 60, 150, 32), sliding_window=sliding_window)
+
+
+def _padding(draw: Draw) -> None:
+    """Left, right, scattered and complete padding, a row of its own for each or one for all."""
+    query, key = _inputs(draw, 5, 2, 3, 50, 140, 32)
+    padding = torch.ones(5, 140, dtype=torch.bool)
+    padding[0, :61] = False
+    padding[1, -7:] = False
+    padding[2, draw.choice(70, 140)] = False
+    padding[3] = False
+    padding[4, :139] = False
+    for sliding_window in (None, 50):
+        _check(query, key, padding.to(draw.device), sliding_window=sliding_window)
+    _check(query, key, padding[2:3].to(draw.device))
+    wide = torch.zeros(5, 280, dtype=torch.bool)
+    wide[:, ::2] = padding
+    _check(query, key, wide.to(draw.device)[:, ::2], window=70, given=(False,))
+
+
+def _padding_holds_nan(draw: Draw) -> None:
+    """Queries, keys and sums of padding are NaN, and nothing of it shows."""
+    for head_dim, group, window in ((32, 3, 20), (80, 1, 90)):
+        query, key = _inputs(draw, 2, 2, group, 100, 130, head_dim)
+        padding = torch.ones(2, 130, dtype=torch.bool)
+        padding[0, :117] = False
+        padding[1, 121:] = False
+        padding = padding.to(draw.device)
+        scale = head_dim**-0.5
+        for gqa in ("mean", "max"):
+            policy = Policy(budget=256, window=window, gqa=gqa).encode()
+            oracle, sums = _dense(query, key, padding, scale, None, window, gqa)
+            bad_key = key.masked_fill(~padding[:, None, :, None], torch.nan)
+            bad_query = query.masked_fill(~padding[:, None, 30:, None], torch.nan)
+            bad_sums = sums.float().to(draw.device).masked_fill(~padding[:, None, 30:], torch.nan)
+            for lse in (None, bad_sums):
+                scores = SPEC.overload_for("triton")(bad_query, bad_key, padding, lse, scale, None, policy)
+                assert_near(scores.cpu(), oracle, torch.float32)
+
+
+def _not_a_number(draw: Draw) -> None:
+    """A NaN or infinite logit that is seen makes its head's scores NaN, as in the portable op, and no other head's."""
+    for group, window in ((2, 16), (4, 32), (1, 80)):
+        for poison in (torch.nan, torch.inf):
+            query, key = _inputs(draw, 2, 3, group, 90, 150, 32)
+            query[0, 0, -3] = poison
+            query[1, 2 * group, 0] = poison  # before the window
+            key[1, 1, 70, 5] = poison
+            key[1, 0, -1] = poison
+            for gqa in ("mean", "max"):
+                policy = Policy(budget=256, window=window, gqa=gqa).encode()
+                expected = SPEC.overload_for("portable")(query, key, None, None, 0.2, None, policy).cpu()
+                scores = SPEC.overload_for("triton")(query, key, None, None, 0.2, None, policy).cpu()
+                assert expected[0, 0].isnan().all(), "the case holds no NaN"
+                assert torch.equal(scores.isnan(), expected.isnan()), f"NaN differ: G={group}, W={window}, {gqa}"
+                assert_near(scores.nan_to_num(), expected.nan_to_num().double(), torch.float32)
+
+
+def _strides(draw: Draw) -> None:
+    """Tokens before heads, slices, every other element, keys of one batch row for all, sums of other strides."""
+    query = draw.normal(2, 60, 6, 40).transpose(1, 2)
+    key = draw.normal(2, 200, 3, 40).transpose(1, 2)[:, :, 30:173]
+    _check(query, key)
+    _check(query[..., ::2], key[..., ::2])
+    _check(query.mT.contiguous().mT, key)
+    _check(query, key[:1].expand(2, -1, -1, -1), given=(False,))
+    _, sums = _dense(query, key, None, 0.2, None, 32, "mean")
+    policy = Policy(budget=256).encode()
+    contiguous = sums.float().to(draw.device)
+    strided = contiguous.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    triton = SPEC.overload_for("triton")
+    scores = triton(query, key, None, contiguous, 0.2, None, policy)
+    assert torch.equal(scores, triton(query, key, None, strided, 0.2, None, policy)), "strides of lse change the result"
+
+
+def _large_logits(draw: Draw) -> None:
+    """Logits far beyond what exp can take, of both signs."""
+    query, key = _inputs(draw, 1, 2, 2, 40, 130, 32)
+    shift = torch.zeros(32, device=draw.device)
+    shift[0] = 20.0
+    query[:, :, :, 0] = 8.0
+    for sign in (1.0, -1.0):
+        _check(query, key + sign * shift, scale=2.0)
+
+
+def _nothing_to_observe(draw: Draw) -> None:
+    """No queries, no batch rows, no keys, or a policy that needs no scores."""
+    triton = SPEC.overload_for("triton")
+    policy = Policy(budget=64).encode()
+    for batch, count, length in ((2, 0, 40), (0, 5, 40), (1, 5, 0)):
+        query, key = _inputs(draw, batch, 2, 2, count, length, 32)
+        scores = triton(query, key, None, None, 0.2, None, policy)
+        assert scores.shape == (batch, 2, length), f"scores have shape {list(scores.shape)}"
+        assert not scores.any(), "scores of nothing are not 0"
+    query, key = _inputs(draw, 1, 2, 2, 5, 40, 32)
+    streaming = Policy(method="streamingllm", budget=64).encode()
+    assert not triton(query * torch.nan, key, None, None, 0.2, None, streaming).any(), "streamingllm has scores"
+
+
+def _repeatable(draw: Draw) -> None:
+    """The same bits again, and from memory that held NaN."""
+    query, key = _inputs(draw, 2, 2, 4, 50, 300, 64, torch.bfloat16)
+    policy = Policy(budget=64, gqa="max").encode()
+    first = SPEC.overload_for("triton")(query, key, None, None, 0.125, None, policy)
+    freed = [torch.full((2, 2, 300), torch.nan, device=draw.device) for _ in range(8)]
+    del freed
+    assert torch.equal(first, SPEC.overload_for("triton")(query, key, None, None, 0.125, None, policy)), "other bits"
+
+
+CHECKS: dict[str, Callable[[Draw], None]] = {
+    "dtypes": _dtypes,
+    "head_dims": _head_dims,
+    "groups": _groups,
+    "windows": _windows,
+    "lengths": _lengths,
+    "sliding": _sliding,
+    "padding": _padding,
+    "padding_holds_nan": _padding_holds_nan,
+    "not_a_number": _not_a_number,
+    "strides": _strides,
+    "large_logits": _large_logits,
+    "nothing_to_observe": _nothing_to_observe,
+    "repeatable": _repeatable,
+}
