@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -29,6 +29,8 @@ class Program:
         outputs: The values the user's code gets back, in order.
         mutated: For every input that the user's code changes in place, the placeholder and its final value.
         fake_mode: The mode all fakes live in.
+        spelled: Attention operators that were added for attentions which the model writes out, and what they stand for.
+        superseded: What only those written-out attentions need.
     """
 
     module: fx.GraphModule
@@ -37,6 +39,8 @@ class Program:
     outputs: tuple[object, ...]
     mutated: tuple[tuple[fx.Node, fx.Node], ...]
     fake_mode: _torch.FakeTensorMode
+    spelled: Mapping[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    superseded: frozenset[fx.Node] = frozenset()
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:

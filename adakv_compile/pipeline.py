@@ -18,6 +18,7 @@ from adakv_compile.call import bind
 from adakv_compile.capture import CaptureError, Program, capture
 from adakv_compile.errors import CompilationRefusedError
 from adakv_compile.options import Options
+from adakv_compile.passes.normalise import normalise
 from adakv_compile.passes.plan import Plan, make_plan
 from adakv_compile.passes.replay import makes_cache, origins, static_inputs, why_not_replayed
 from adakv_compile.passes.rewrite import Rewritten, rewrite
@@ -115,6 +116,7 @@ def _analyse(
         with stages.time("capture"):
             program = capture(gm, example_inputs)
         with stages.time("analyse"):
+            program = normalise(program)
             return make_plan(program, options), program, None
     except CaptureError as error:
         return None, None, Refusal(Reason.CAPTURE, str(error))

@@ -9,13 +9,14 @@ from typing import Final
 import torch
 from torch import fx
 
+from adakv_compile.capture import Program
 from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, source_line, static_int
+from adakv_compile.passes.normalise import SOFTMAXES, why_not_attention
 from adakv_compile.report import Reason, Refusal
 
 __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 
 aten = torch.ops.aten
-_SOFTMAXES: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _PRODUCTS: Final = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 _PASSED_ON: Final = (
     aten._to_copy.default,
@@ -23,6 +24,11 @@ _PASSED_ON: Final = (
     aten.expand.default,
     aten.view.default,
     aten.reshape.default,
+    # What attention sinks, differential attention and the like do to their weights.
+    aten.slice.Tensor,
+    aten.mul.Tensor,
+    aten.sub.Tensor,
+    aten.pow.Tensor_Scalar,
 )
 _VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
@@ -78,23 +84,23 @@ class Unsupported:
     refusal: Refusal
 
 
-def find_attention(graph: fx.Graph) -> tuple[AttentionSite | Unsupported, ...]:
-    """Return the attentions of a captured graph, in order; the graph is only read.
+def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
+    """Return the attentions of a normalised program, in order; the graph is only read.
 
-    A softmax whose result is multiplied with another tensor is an attention spelled out, which is not rewritten: it is
-    returned as unsupported, so that nobody believes it to be compressed.
+    A softmax that is left and whose result is multiplied with another tensor is an attention that was not understood:
+    it is returned as unsupported, so that nobody believes it to be compressed.
     """
     found: list[AttentionSite | Unsupported] = []
-    for node in graph.nodes:
+    for node in program.module.graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             found.append(_understand(node))
-        elif node.target in _SOFTMAXES and _is_weights(node):
-            found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, "", source_line(node))))
+        elif node.target in SOFTMAXES and node not in program.superseded and _is_weights(node):
+            found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
     return tuple(found)
 
 
 def _is_weights(softmax: fx.Node) -> bool:
-    """Whether a softmax is multiplied with something, perhaps after casts and dropout in evaluation mode."""
+    """Whether a softmax is multiplied with something, perhaps after some arithmetic."""
     pending = list(softmax.users)
     while pending:
         user = pending.pop()

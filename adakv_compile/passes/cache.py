@@ -66,7 +66,7 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
         return Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated to a computed value, {past.name}")
     if not slots:
         if past is None or past not in program.compressed:
-            if _is_returned_in_disguise(site, whole):
+            if _is_returned_in_disguise(program, site, whole):
                 return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in another form than attention reads")
             return Refusal(Reason.NO_CACHE, f"{which}s")
         return Refusal(Reason.CACHE_FORM, f"the compressed {which}s are extended but not returned")
@@ -130,7 +130,7 @@ def _is_newest_entries_of(node: fx.Node, whole: fx.Node) -> bool:
     return arg(node, 1, "dim", 0) == _SEQUENCE_DIM and reaches_end
 
 
-def _is_returned_in_disguise(site: AttentionSite, whole: fx.Node) -> bool:
+def _is_returned_in_disguise(program: Program, site: AttentionSite, whole: fx.Node) -> bool:
     """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention."""
     own = _ancestors(whole) - _ancestors(site.query)
     seen, pending = set(own), list(own)
@@ -138,7 +138,7 @@ def _is_returned_in_disguise(site: AttentionSite, whole: fx.Node) -> bool:
         for user in pending.pop().users:
             if user.op == "output":
                 return True
-            if user is not site.node and user not in seen:
+            if user is not site.node and user not in seen and user not in program.superseded:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -170,7 +170,7 @@ def _strangers(
     while pending:
         node = pending.pop()
         for user in node.users:
-            if user in known or user.target is aten.sym_size.int:
+            if user in known or user in program.superseded or user.target is aten.sym_size.int:
                 continue
             known.add(user)
             if skip_no_ops(user) in (whole, cached, past):

@@ -120,7 +120,7 @@ def make_plan(program: Program, options: Options) -> Plan:
     prover = MaskProver(program.module.graph)
     found: list[PlannedSite] = []
     left: list[tuple[int, fx.Node, Refusal]] = []
-    for index, site in enumerate(find_attention(program.module.graph)):
+    for index, site in enumerate(find_attention(program)):
         decided = _decide(program, options, prover, index, site, layer=len(found))
         if isinstance(decided, Refusal):
             left.append((index, site.node, decided))

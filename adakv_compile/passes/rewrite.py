@@ -77,6 +77,7 @@ class _Rewriter:
         return self.program.module.graph
 
     def run(self) -> Rewritten:
+        self._restore()
         for planned, policy in zip(self.plan.sites, self.plan.policies, strict=True):
             if planned.action is Action.COMPRESS:
                 self._compress(planned, policy)
@@ -96,6 +97,18 @@ class _Rewriter:
             boundary=Boundary(tuple(source for source, _ in inputs), tuple(self.inputs.pasts), outputs),
             unguarded=tuple(self.inputs.unguarded),
         )
+
+    def _restore(self) -> None:
+        """Put back what the model wrote where the plan does not replace it, to the last bit."""
+        replaced = {
+            planned.site.node
+            for planned in self.plan.sites
+            if planned.attention is None or planned.attention.name != "model"
+        }
+        for result, original in self.program.spelled.items():
+            operator_call = result if result.target is aten.scaled_dot_product_attention.default else result.args[0]
+            if operator_call not in replaced:
+                result.replace_all_uses_with(original)
 
     # -- the three actions ------------------------------------------------------------------------------------------
 

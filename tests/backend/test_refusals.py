@@ -126,13 +126,6 @@ class _WrongRepeat(OneLayer):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q.shape[2], k.shape[2]))
 
 
-class _Spelled(OneLayer):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-        logits = (q @ k.transpose(-1, -2)) / 4
-        return logits.masked_fill(~causal(q.shape[2], k.shape[2]), -torch.inf).softmax(-1) @ v
-
-
 STRUCTURES: dict[str, type[OneLayer]] = {
     "two readers": _TwoReaders,
     "two attentions on one cache": _SharedCache,
@@ -143,7 +136,6 @@ STRUCTURES: dict[str, type[OneLayer]] = {
     "old entries dropped under a full mask": _OldestKept,
     "heads repeated in the wrong order": _WrongRepeat,
     "dropout": _Dropping,
-    "written out": _Spelled,
 }
 
 

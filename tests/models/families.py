@@ -18,12 +18,17 @@ VOCAB = 97
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a small model of a type: its configuration beyond the common sizes."""
+    """How to build a small model of a type: its configuration beyond the common sizes.
+
+    ``interface`` tells whether transformers can be given another attention function for it.
+    """
 
     model_type: str
     num_kv_heads: int
     extra: dict[str, Any]
     gpt_names: bool = False
+    attention: str = "sdpa"
+    interface: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,6 +46,10 @@ FAMILIES: dict[str, Family] = {
     "stablelm": Family("stablelm", 2, {}),
     "gpt2": Family("gpt2", 4, {}, gpt_names=True),
     "gpt_neox": Family("gpt_neox", 4, {}),
+    # Attention written out with matmul and softmax.
+    "llama-eager": Family("llama", 2, {}, attention="eager"),
+    "mistral-sliding-eager": Family("mistral", 2, {"sliding_window": 40}, attention="eager"),
+    "gptj": Family("gptj", 4, {"rotary_dim": 8}, gpt_names=True, attention="eager", interface=False),
     "opt": Family("opt", 4, {"ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 
@@ -64,7 +73,7 @@ def build(name: str, *, layers: int = 2, seed: int = 0, **overrides: Any) -> Pre
     settings = {**special, **sizes, **family.extra, **overrides}
     config = AutoConfig.for_model(family.model_type, vocab_size=VOCAB, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=family.attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
