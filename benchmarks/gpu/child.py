@@ -34,7 +34,7 @@ def start(part: str, rows: Path, deadline: float, smoke: bool, checks: Sequence[
         Why it ended early, None if it did not.
     """
     command = [sys.executable, "-m", __name__, part, "--rows", str(rows.resolve()), "--deadline", str(deadline)]
-    command += [*(["--smoke"] if smoke else []), *checks]
+    command += [*(["--smoke"] if smoke else []), *(["--checks", *checks] if checks else [])]
     # Nothing is loaded from the network. Ahead of anything that imports Triton, which reads it at every @jit.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1" if smoke else "0"}
     try:
@@ -59,10 +59,10 @@ def main() -> None:
     """Run what the command line names; :func:`start` writes it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part")
-    parser.add_argument("checks", nargs="*")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--checks", nargs="+")
     given = parser.parse_args()
     run = Run(given.part, given.rows, given.deadline, given.smoke)
     if given.smoke:

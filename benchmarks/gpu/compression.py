@@ -135,7 +135,9 @@ def _select_and_compact(run: Run, attention: Attention, context: int, budget: Bu
     ):
         return
     keys, values = (_random(run, copies, 1, heads, context, dim) for _ in range(2))
-    head = torch.searchsorted(offsets[0, 1:].contiguous(), torch.arange(kept, device=run.device), right=True)
+    head = torch.searchsorted(
+        offsets[0, 1:].contiguous(), torch.arange(kept, dtype=torch.int32, device=run.device), right=True
+    )
     index = head * context + positions[0]
 
     def gather(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

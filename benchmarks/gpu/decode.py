@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks.gpu.rivals import ragged_rivals
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.shapes import Attention, Budget, head_lengths, shapes
-from benchmarks.gpu.timing import Contender, compare, copies_for, copy_bandwidth, launches
+from benchmarks.gpu.timing import Contender, Ready, compare, copies_for, copy_bandwidth, launches, prepare
 
 __all__ = ["cases", "run"]
 
@@ -69,7 +69,7 @@ def run(run: Run) -> None:
         name = f"decode attention, batch {first.batch}, context {first.context}"
         if not run.has_time(name, 3):
             continue
-        full = _full(run, attention, first)
+        full = prepare(run, _full(run, attention, first))
         for case in group:
             what = f"{name}, budget {case.budget}, skew {case.skew}"
             if run.has_time(what, 1):
@@ -78,7 +78,7 @@ def run(run: Run) -> None:
         gc.collect()
 
 
-def _one(run: Run, attention: Attention, case: Case, full: dict[str, Contender | str], bandwidth: float) -> None:
+def _one(run: Run, attention: Attention, case: Case, full: dict[str, Ready | str], bandwidth: float) -> None:
     rows = [head_lengths(case.mean, attention.kv_heads, case.skew) for _ in range(case.batch)]
     # The longest head is another one in each row.
     lengths = [row[index % len(row) :] + row[: index % len(row)] for index, row in enumerate(rows)]

@@ -245,11 +245,12 @@ def _decode(bench: Bench, name: str, batch: int, context: int, cache: Any, steps
         # A new tensor: the next replay overwrites the logits.
         return out.logits[:, -1:].argmax(-1)
 
+    skips = _skips()
     token, cold = bench.first(graph, lambda: step(token))
     for _ in range(0 if run.smoke else WARM_UP):
         token = step(token)
     _wait(run)
-    recorded, capacity, skips = _recordings(run), _capacity(cache), _skips()
+    recorded, capacity = _recordings(run), _capacity(cache)
     peaks: dict[str, float] = {}
     with _peak(run, peaks, name):
         times = _step_times(run, step, token, steps)
@@ -257,7 +258,7 @@ def _decode(bench: Bench, name: str, batch: int, context: int, cache: Any, steps
     after = _recordings(run)
     if recorded is not None and after is not None and "graphs" in name:
         # Asking for the number took one.
-        extra = {"recordings": after - recorded - 1, "skips": skips, "doublings": 0}
+        extra = {"recordings": after - recorded - 1, "skips": _skips() - skips, "doublings": 0}
         if capacity:
             extra["doublings"] = (_capacity(cache) // capacity).bit_length() - 1
     moved = models.weight_bytes(bench.model) + held

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.run import Row
-from benchmarks.gpu.targets import TARGETS
+from benchmarks.gpu.targets import TARGETS, compression_ms
 
 __all__ = ["SMOKE", "markdown", "write"]
 
 SMOKE: Final = "smoke: not a measurement"
+_WIDEST: Final = 300
+"""Letters of a cell; the JSON lines have the whole text."""
 _WAYS: Final = ("adakv", "adakv graphs", "inductor", "static graphs")
 _RIVALS: Final = ("varlen heads", "varlen rows", "flash-attn heads", "flash-attn rows", "sdpa gqa", "sdpa grouped")
 
@@ -65,7 +67,8 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "/").replace("\n", " ")
+    text = str(value).replace("|", "/").replace("\n", " ")
+    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]} ..."
 
 
 def _section(title: str, body: str) -> str:
@@ -163,12 +166,12 @@ def _by_shape(rows: Sequence[Row], kind: str) -> dict[tuple[int, int], dict[str,
 
 
 def _prefill(rows: Sequence[Row]) -> str:
-    layer_us = _compression_us(rows)
+    kernel_ms = compression_ms(rows)
     lines: list[list[object]] = []
     for (batch, context), ways in _by_shape(rows, "prefill").items():
         ours, plain = ways.get("adakv", {}), ways.get("inductor", {})
         more = ours["ms"] / plain["ms"] - 1 if ours and plain else None
-        kernels = layer_us.get(context) if batch == 1 else None
+        kernels = kernel_ms.get(context) if batch == 1 else None
         lines.append(
             [
                 batch,
@@ -176,7 +179,7 @@ def _prefill(rows: Sequence[Row]) -> str:
                 ours.get("ms"),
                 plain.get("ms"),
                 None if more is None else f"{more:+.2%}",
-                None if kernels is None or not plain else f"{kernels / plain['ms'] / 1e3:.2%}",
+                None if kernels is None or not plain else f"{kernels / plain['ms']:.2%}",
                 ours.get("peak_gib"),
                 plain.get("peak_gib"),
                 ours.get("first_call_s"),
@@ -186,17 +189,6 @@ def _prefill(rows: Sequence[Row]) -> str:
     head = ["batch", "context", "adakv ms", "inductor ms", "difference", "our kernels alone"]
     head += ["adakv peak GiB", "inductor peak GiB", "adakv first call s", "inductor first call s"]
     return table(head, lines)
-
-
-def _compression_us(rows: Sequence[Row]) -> dict[int, float]:
-    """Return microseconds of scores, selection and compaction of all layers at 10 %, by context."""
-    from benchmarks.gpu.shapes import LLAMA
-
-    sums: dict[int, dict[str, float]] = {}
-    for row in _cases(rows, "compression", "case"):
-        if row.get("budget") in (None, "10%") and (us := _us(row, "adakv")) is not None:
-            sums.setdefault(row["context"], {})[row["op"]] = us
-    return {context: LLAMA.layers * sum(ops.values()) for context, ops in sums.items() if len(ops) == 3}
 
 
 def _tokens(rows: Sequence[Row]) -> str:

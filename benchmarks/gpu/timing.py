@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu.run import Run
 
-__all__ = ["Contender", "Timings", "compare", "copies_for", "copy_bandwidth", "launches"]
+__all__ = ["Contender", "Ready", "Timings", "compare", "copies_for", "copy_bandwidth", "launches", "prepare"]
 
 REPLAYS = 24
 SLOW_REPLAYS = 6
@@ -51,8 +51,15 @@ class _Timing:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A contender that ran once: captured as a graph, or as it is."""
+class Ready:
+    """A contender that ran once: captured as a graph, or as it is.
+
+    Attributes:
+        run: Makes all calls.
+        contender: What it is made of.
+        graph: Whether ``run`` replays a CUDA graph.
+        milliseconds: What ``run`` took once.
+    """
 
     run: Callable[[], object]
     contender: Contender
@@ -68,7 +75,30 @@ def copies_for(run: Run, size: int, most: int = 256) -> int:
     return max(1, min(most, math.ceil(3 * cache / max(size, 1))))
 
 
-def compare(run: Run, contenders: Mapping[str, Contender | str]) -> Timings:
+def prepare(run: Run, contenders: Mapping[str, Contender | str]) -> dict[str, Ready | str]:
+    """Run and capture contenders, to be compared more than once.
+
+    Args:
+        run: The part.
+        contenders: By name; a text says why one is absent.
+
+    Returns:
+        Each contender as it will be timed, or why it can't be.
+    """
+    ready: dict[str, Ready | str] = {}
+    for name, contender in contenders.items():
+        if isinstance(contender, str):
+            ready[name] = contender
+            continue
+        try:
+            ready[name] = _prepared(run, contender)
+        except Exception as error:  # noqa: BLE001  # a rival that can't run is a result
+            ready[name] = _reason(error)
+            _drop_memory(run)
+    return ready
+
+
+def compare(run: Run, contenders: Mapping[str, Contender | Ready | str]) -> Timings:
     """Time contenders in turn, replay by replay, so that what disturbs one disturbs all.
 
     Args:
@@ -78,24 +108,16 @@ def compare(run: Run, contenders: Mapping[str, Contender | str]) -> Timings:
     Returns:
         Microseconds of one call of each.
     """
-    timings: Timings = {}
-    ready: dict[str, _Ready] = {}
-    for name, contender in contenders.items():
-        if isinstance(contender, str):
-            timings[name] = {"absent": contender}
-            continue
-        try:
-            ready[name] = _prepared(run, contender)
-        except Exception as error:  # noqa: BLE001  # a rival that can't run is a result
-            timings[name] = {"absent": _reason(error)}
-            _drop_memory(run)
-    samples = _looped(ready) if run.smoke else _replayed(ready)
-    for name, times in samples.items():
+    fresh = {name: one for name, one in contenders.items() if not isinstance(one, Ready)}
+    known = {name: one for name, one in contenders.items() if isinstance(one, Ready)}
+    prepared = {**known, **prepare(run, fresh)}
+    ready = {name: one for name in contenders if isinstance(one := prepared[name], Ready)}
+    timings: Timings = {name: {"absent": one} for name, one in prepared.items() if isinstance(one, str)}
+    for name, times in (_looped(ready) if run.smoke else _replayed(ready)).items():
         calls = len(ready[name].contender.calls)
         each = [1e3 * time / calls for time in times]
-        timings[name] = asdict(
-            _Timing(statistics.median(each), min(each), max(each), len(each), graph=ready[name].graph)
-        )
+        timing = _Timing(statistics.median(each), min(each), max(each), len(each), ready[name].graph)
+        timings[name] = asdict(timing)
     return {name: timings[name] for name in contenders}
 
 
@@ -120,45 +142,58 @@ def launches(run: Run, call: Callable[[], object]) -> int | None:
         call()
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() or () if event.device_type.name == "CUDA"]
-    return len(on_device) or None
+    # Where the driver keeps its counters to itself there are no events at all.
+    return sum("sync" not in event.name.lower() for event in on_device) or None
 
 
-def _prepared(run: Run, contender: Contender) -> _Ready:
-    def eager() -> None:
+def _prepared(run: Run, contender: Contender) -> Ready:
+    def once() -> None:
         for call in contender.calls:
             call()
 
     if run.smoke:
         _reset(contender)
         contender.calls[0]()
-        return _Ready(eager, contender, graph=False, milliseconds=0)
+        return Ready(once, contender, graph=False, milliseconds=0)
+    side = torch.cuda.Stream()
     for _ in range(2):
         _reset(contender)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            eager()
-        torch.cuda.current_stream().wait_stream(stream)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            once()
+        torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph = _captured(once, side)
+    replay = once if graph is None else graph.replay
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    captured = True
-    try:
-        with torch.cuda.graph(graph):
-            eager()
-    except Exception:  # noqa: BLE001  # a rival that reads the device is timed as it is
-        torch.cuda.synchronize()
-        captured = False
-    once = graph.replay if captured else eager
     _reset(contender)
     begin.record()
-    once()
+    replay()
     end.record()
     end.synchronize()
-    return _Ready(once, contender, captured, begin.elapsed_time(end))
+    return Ready(replay, contender, graph is not None, begin.elapsed_time(end))
 
 
-def _replayed(ready: Mapping[str, _Ready]) -> dict[str, list[float]]:
+def _captured(once: Callable[[], object], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """Return a graph of what a call does, None if it can't be captured: something in it waits for the device.
+
+    Without ``torch.cuda.graph``, which collects garbage and empties the caches of memory every time.
+    """
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(side):
+            graph.capture_begin()
+            try:
+                once()
+            finally:
+                graph.capture_end()
+    except Exception:  # noqa: BLE001  # it ran before, and is timed as it is
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def _replayed(ready: Mapping[str, Ready]) -> dict[str, list[float]]:
     """Return milliseconds of replays, one contender after the other."""
     # Written before every replay: it evicts the L2 cache and keeps the GPU busy while the host launches the graph.
     flush = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
@@ -178,7 +213,7 @@ def _replayed(ready: Mapping[str, _Ready]) -> dict[str, list[float]]:
     return {name: [begin.elapsed_time(end) for begin, end in pairs] for name, pairs in events.items()}
 
 
-def _looped(ready: Mapping[str, _Ready]) -> dict[str, list[float]]:
+def _looped(ready: Mapping[str, Ready]) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in ready}
     for name, one in ready.items():
         _reset(one.contender)
