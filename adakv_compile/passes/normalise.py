@@ -227,8 +227,9 @@ def _constant(node: fx.Node) -> object:
     """Return the value of a tensor that holds one constant, or the node itself."""
     if node.op == "get_attr":
         held: object = getattr(node.graph.owning_module, str(node.target), None)
-        known = isinstance(held, torch.Tensor) and not _torch.is_fake(held) and held.numel() == 1
-        return held.item() if known else node
+        if isinstance(held, torch.Tensor) and not _torch.is_fake(held) and held.numel() == 1:
+            return held.item()
+        return node
     if node.target is aten.full.default and not shape_of(node):
         return node.args[1]
     return node.args[0] if node.target is aten.scalar_tensor.default else node

@@ -67,12 +67,12 @@ class Written(OneLayer):
 
 def generate(model: nn.Module, x: Tensor, cache: Cache | None = None) -> tuple[list[Tensor], Cache]:
     """Return the outputs of a prompt and of the steps after it."""
+    found: list[Tensor] = []
     with torch.no_grad():
-        out, cache = model(x[:, :LENGTH])
-        found = [out]
-        for step in range(LENGTH, x.shape[1]):
-            out, cache = model(x[:, step : step + 1], cache)
+        for begin, end in ((0, LENGTH), *((i, i + 1) for i in range(LENGTH, x.shape[1]))):
+            out, cache = model(x[:, begin:end], cache)
             found.append(out)
+    assert cache is not None
     return found, cache
 
 
