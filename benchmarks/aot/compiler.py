@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
 
 from benchmarks.aot.kernel import ARCHITECTURES, Kernel
 
@@ -58,7 +58,11 @@ class Report:
 def compile_for(kernel: Kernel, capability: tuple[int, int]) -> Report:
     """Compile a kernel and check what came out against the rules."""
     start = time.perf_counter()
-    compiled = _compile(kernel, capability)
+    try:
+        compiled = _compile(kernel, capability)
+    except (CompilationError, RuntimeError) as error:
+        *_, reason = str(error).strip().splitlines() or [type(error).__name__]
+        return Report(0, 0, 0, 0, (), time.perf_counter() - start, (f"does not compile: {reason}",))
     registers, stack = _usage(compiled.asm["cubin"])
     # Spilled registers live on the stack: without one there is nothing to ask the assembler again.
     spilled = _spilled(compiled.asm["ptx"]) if stack else 0

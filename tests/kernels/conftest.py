@@ -8,14 +8,14 @@ import pytest
 
 import adakv_compile.kernels as _  # noqa: F401
 from adakv_compile.kernels._support import interpreting
-from tests.kernels.interpreter import repaired_bfloat16
+from tests.kernels.interpreter import repaired_arithmetic
 
 
 @pytest.fixture(scope="session", autouse=True)
 def repaired_interpreter() -> Iterator[None]:
-    """Repair bfloat16 in Triton's interpreter, if kernels run in it."""
+    """Repair the arithmetic of Triton's interpreter, if kernels run in it."""
     if not interpreting():
         yield
         return
-    with repaired_bfloat16():
+    with repaired_arithmetic():
         yield

@@ -1,26 +1,42 @@
-"""bfloat16 in Triton's interpreter, repaired for tests.
+"""Arithmetic of Triton's interpreter, repaired for tests.
 
 The interpreter keeps bfloat16 as the uint16 of its bits and computes with these: sums, products, comparisons and dots
-of bfloat16 are silently wrong, and float32 is truncated where hardware rounds to nearest even. Nothing but tests runs
-kernels in the interpreter, so nothing but tests needs this.
+of bfloat16 are silently wrong, and float32 is truncated where hardware rounds to nearest even. What overflows, or has
+no number for a result, makes NumPy warn. Nothing but tests runs kernels in the interpreter, so nothing but tests needs
+this.
 """
 # The interpreter's internals have no types.
 # pyright: basic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
-__all__ = ["repaired_bfloat16"]
+__all__ = ["repaired_arithmetic", "repaired_bfloat16"]
 
 
 @contextmanager
-def repaired_bfloat16() -> Iterator[None]:
+def repaired_arithmetic() -> Generator[None]:
+    """Let Triton's interpreter compute as hardware does: bfloat16 correctly, infinities and NaN without a warning."""
+    from triton.runtime import interpreter
+
+    run = interpreter.GridExecutor.__call__
+
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return run(*args, **kwargs)
+
+    with repaired_bfloat16(), mock.patch.object(interpreter.GridExecutor, "__call__", quiet):
+        yield
+
+
+@contextmanager
+def repaired_bfloat16() -> Generator[None]:
     """Let Triton's interpreter compute bfloat16 as hardware does: in float32, rounded to nearest even."""
     import triton.language as tl
     from triton.runtime import interpreter

@@ -91,6 +91,18 @@ def test_dot() -> None:
     assert_equal(c, a.float() @ b.float())
 
 
+@triton.jit
+def _log(source, target, SIZE: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    index = tl.arange(0, SIZE)
+    tl.store(target + index, tl.log2(tl.load(source + index)))
+
+
+def test_results_that_are_no_numbers_cause_no_warning() -> None:
+    source, result = torch.tensor([0.0, -1.0, 1.0, torch.inf]), torch.empty(4)
+    _log[(1,)](source, result, SIZE=4)
+    assert_equal(result, source.log2())
+
+
 def test_the_repair_ends() -> None:
     from triton.runtime import interpreter
 

@@ -30,7 +30,7 @@ def config_of(target: Target, itemsize: int, key_dim: int, value_dim: int, num_h
     row = itemsize * max(block_of(key_dim), block_of(value_dim))
     # Every slot is compared with the end of every head.
     most = max(16, 8192 // block_of(num_heads))
-    return Config(slots=min(max(16, 8192 // row), 128, most), num_warps=4)
+    return Config(slots=min(max(16, 8192 // row), 64, most), num_warps=4)
 
 
 def constants_of(config: Config, key_dim: int, value_dim: int, num_heads: int) -> dict[str, int]:

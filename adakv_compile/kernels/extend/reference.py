@@ -21,7 +21,7 @@ from adakv_compile.kernels.select.reference import capacity, pack
 from adakv_compile.policy import Policy, layer_budget
 from adakv_compile.policy import select as select_entries
 
-__all__ = ["extend", "extended_slots"]
+__all__ = ["Extended", "extend", "extended_slots", "real_positions"]
 
 Extended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -91,7 +91,7 @@ def extend(
     output = attend_all(entries, query, scale, visibility)
 
     source = _sources(offsets, positions, prefix_length, fresh)
-    real = _real(padding, length, keys)
+    real = real_positions(padding, length, keys)
     valid = source >= 0
     if real is not None:
         valid &= real[:, None]
@@ -148,7 +148,7 @@ def _sources(offsets: torch.Tensor, positions: torch.Tensor, prefix_length: int,
     return torch.cat((old, new.expand(batch, num_heads, fresh)), 2)
 
 
-def _real(padding: torch.Tensor | None, length: int, keys: torch.Tensor) -> torch.Tensor | None:
+def real_positions(padding: torch.Tensor | None, length: int, keys: torch.Tensor) -> torch.Tensor | None:
     """Return which positions are real tokens, ``[B, length]``; those before the first column are not."""
     if padding is None:
         return None
