@@ -7,7 +7,7 @@ comparison covers causality and padding, and without padding only the tiles at t
 Rows that only fill up a block repeat a real one, so that they bring in no NaN that the real ones do not have.
 """
 # Device code is compiled by Triton, not checked by Python's type checkers: its values have no Python types.
-# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false
+# pyright: basic, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportAssignmentType=false
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def observe_lse(
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(length, KEYS))):
         k, place = _keys(key, padding, stride_kl, stride_kd, stride_pl, tile * KEYS, length, DIM, WIDTH, KEYS)
         logits = dot(q, tl.trans(k)) * scale
-        if padding is not None:
+        if padding is not None:  # noqa: SIM114  # no branch on the device
             logits = _hide(logits, place, end, reach)
         elif _is_edge(tile * KEYS, length, window, reach, KEYS):
             logits = _hide(logits, place, end, reach)
@@ -244,12 +244,9 @@ def _attention(
 ):
     """Return softmax weights, ``[KEYS, ROWS]`` or ``[ROWS, KEYS]``."""
     AXIS: tl.constexpr = 0 if KEYS_LEFT else 1
-    if KEYS_LEFT:
-        product = dot(k, tl.trans(q))
-    else:
-        product = dot(q, tl.trans(k))
+    product = dot(k, tl.trans(q)) if KEYS_LEFT else dot(q, tl.trans(k))
     weights = tl.exp2(product * scale - tl.expand_dims(total, AXIS))
-    if padding is not None:
+    if padding is not None:  # noqa: SIM114  # no branch on the device
         weights = _mask(weights, place, end, total, reach, AXIS)
     elif _is_edge(first, length, window, reach, KEYS):
         weights = _mask(weights, place, end, total, reach, AXIS)
@@ -259,10 +256,8 @@ def _attention(
 @triton.jit
 def _per_head(weights, HEADS: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr, KEYS_LEFT: tl.constexpr):
     """Sum the weights of each head's rows: ``[KEYS, HEADS]`` or ``[HEADS, KEYS]``."""
-    if KEYS_LEFT:
-        return tl.sum(tl.reshape(weights, (KEYS, HEADS, SPAN)), 2)
-    else:
-        return tl.sum(tl.reshape(weights, (HEADS, SPAN, KEYS)), 1)
+    grouped = tl.reshape(weights, (KEYS, HEADS, SPAN) if KEYS_LEFT else (HEADS, SPAN, KEYS))
+    return tl.sum(grouped, 2 if KEYS_LEFT else 1)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -89,7 +90,7 @@ def _check(
 
 def _dtypes(draw: Draw) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        _check(*_inputs(draw, 2, 2, 4, 45, 171, 64, dtype))
+        _check(*_inputs(draw, 2, 1, 4, 45, 171, 64, dtype))
 
 
 def _head_dims(draw: Draw) -> None:
@@ -100,43 +101,42 @@ def _head_dims(draw: Draw) -> None:
 
 def _groups(draw: Draw) -> None:
     for group in (1, 2, 3, 5, 6, 7, 8, 16, 24):
-        _check(*_inputs(draw, 1, 2, group, 37, 97, 32, torch.bfloat16), given=(False,))
+        _check(*_inputs(draw, 1, 1, group, 37, 97, 32, torch.bfloat16), given=(False,))
 
 
 def _windows(draw: Draw) -> None:
     """From one query to windows of several blocks, and calls shorter than the window."""
-    for window, count, length in ((1, 9, 50), (5, 9, 50), (33, 70, 120), (100, 150, 170), (130, 130, 130), (64, 3, 77)):
+    for window, count, length in ((1, 9, 50), (5, 9, 50), (33, 70, 80), (100, 150, 110), (130, 130, 130), (64, 3, 77)):
         for group in (1, 3):
-            _check(*_inputs(draw, 1, 2, group, count, length, 32), window=window, given=(False,))
+            _check(*_inputs(draw, 1, 1, group, count, length, 32), window=window, given=(False,))
     _check(*_inputs(draw, 1, 1, 1, 300, 310, 32), window=1024, gqa=("max",))
 
 
 def _lengths(draw: Draw) -> None:
     """Lengths around the edges of tiles, down to one key; more queries than keys."""
-    for count, length in ((1, 1), (1, 40), (2, 31), (32, 32), (20, 33), (64, 64), (40, 127), (33, 129), (50, 20), (9, 2)):
+    for count, length in ((1, 1), (1, 40), (2, 31), (20, 33), (64, 64), (40, 127), (33, 129), (50, 20), (9, 2)):
         _check(*_inputs(draw, 1, 2, 2, count, length, 32), given=(False,))
 
 
 def _sliding(draw: Draw) -> None:
-    for sliding_window in (1, 7, 40, 64, 150, 1000):
-        _check(*_inputs(draw, 1, 2, 3, 60, 150, 32), sliding_window=sliding_window)
+    for sliding_window in (1, 7, 64, 150):
+        _check(*_inputs(draw, 1, 1, 3, 60, 150, 32), sliding_window=sliding_window)
 
 
 def _padding(draw: Draw) -> None:
     """Left, right, scattered and complete padding, a row of its own for each or one for all."""
-    query, key = _inputs(draw, 5, 2, 3, 50, 140, 32)
+    query, key = _inputs(draw, 5, 1, 3, 50, 140, 32)
     padding = torch.ones(5, 140, dtype=torch.bool)
     padding[0, :61] = False
     padding[1, -7:] = False
     padding[2, draw.choice(70, 140)] = False
     padding[3] = False
     padding[4, :139] = False
-    for sliding_window in (None, 50):
-        _check(query, key, padding.to(draw.device), sliding_window=sliding_window)
-    _check(query, key, padding[2:3].to(draw.device))
+    _check(query, key, padding.to(draw.device))
+    _check(query, key, padding[2:3].to(draw.device), sliding_window=50, given=(False,))
     wide = torch.zeros(5, 280, dtype=torch.bool)
     wide[:, ::2] = padding
-    _check(query, key, wide.to(draw.device)[:, ::2], window=70, given=(False,))
+    _check(query, key, wide.to(draw.device)[:, ::2], window=70, gqa=("max",))
 
 
 def _padding_holds_nan(draw: Draw) -> None:
@@ -161,17 +161,20 @@ def _padding_holds_nan(draw: Draw) -> None:
 
 def _not_a_number(draw: Draw) -> None:
     """A NaN or infinite logit that is seen makes its head's scores NaN, as in the portable op, and no other head's."""
-    for group, window in ((2, 16), (4, 32), (1, 80)):
+    for group, window in ((2, 16), (3, 32), (1, 80)):
         for poison in (torch.nan, torch.inf):
-            query, key = _inputs(draw, 2, 3, group, 90, 150, 32)
+            query, key = _inputs(draw, 1, 4, group, 90, 110, 32)
             query[0, 0, -3] = poison
-            query[1, 2 * group, 0] = poison  # before the window
-            key[1, 1, 70, 5] = poison
-            key[1, 0, -1] = poison
+            query[0, group, 0] = poison  # before the window
+            key[0, 2, 70, 5] = poison
+            key[0, 3, -1] = poison
             for gqa in ("mean", "max"):
                 policy = Policy(budget=256, window=window, gqa=gqa).encode()
                 expected = SPEC.overload_for("portable")(query, key, None, None, 0.2, None, policy).cpu()
-                scores = SPEC.overload_for("triton")(query, key, None, None, 0.2, None, policy).cpu()
+                with warnings.catch_warnings():
+                    # NumPy's, whose maximum the interpreter uses.
+                    warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+                    scores = SPEC.overload_for("triton")(query, key, None, None, 0.2, None, policy).cpu()
                 assert expected[0, 0].isnan().all(), "the case holds no NaN"
                 assert torch.equal(scores.isnan(), expected.isnan()), f"NaN differ: G={group}, W={window}, {gqa}"
                 assert_near(scores.nan_to_num(), expected.nan_to_num().double(), torch.float32)
@@ -179,12 +182,12 @@ def _not_a_number(draw: Draw) -> None:
 
 def _strides(draw: Draw) -> None:
     """Tokens before heads, slices, every other element, keys of one batch row for all, sums of other strides."""
-    query = draw.normal(2, 60, 6, 40).transpose(1, 2)
-    key = draw.normal(2, 200, 3, 40).transpose(1, 2)[:, :, 30:173]
-    _check(query, key)
-    _check(query[..., ::2], key[..., ::2])
-    _check(query.mT.contiguous().mT, key)
-    _check(query, key[:1].expand(2, -1, -1, -1), given=(False,))
+    query = draw.normal(2, 60, 4, 40).transpose(1, 2)
+    key = draw.normal(2, 200, 2, 40).transpose(1, 2)[:, :, 30:133]
+    _check(query, key, gqa=("mean",))
+    _check(query[..., ::2], key[..., ::2], gqa=("mean",), given=(False,))
+    _check(query.mT.contiguous().mT, key, gqa=("max",), given=(False,))
+    _check(query, key[:1].expand(2, -1, -1, -1), gqa=("max",), given=(False,))
     _, sums = _dense(query, key, None, 0.2, None, 32, "mean")
     policy = Policy(budget=256).encode()
     contiguous = sums.float().to(draw.device)
