@@ -36,19 +36,26 @@ def kernels(capability: tuple[int, int]) -> list[Kernel]:
     tuning = tuning_of(Target(capability, 1))
     found = [_rank_keys(tuning.tile, tuning.num_warps, *case) for case in (("max", 7), ("avg", 5), ("avg", 63))]
     found += [_rank_keys(tuning.tile, tuning.num_warps, *case, padded=True) for case in (("max", 7), ("avg", 5))]
-    for heads in (1, 2, 4, 8, 16, 32, 64, MAX_HEADS):
+    for heads in (8, MAX_HEADS):
         constants = {"HEADS": tuning.heads(heads), "TILE": tuning.tile}
         found.append(_kernel(f"refine, {heads} heads", refine, tuning.num_warps, constants))
-        constants = {**constants, "COLUMNS": tuning.columns(heads)}
-        found += [
+    for heads, joint in ((8, False), (8, True), (16, True), (32, True), (64, True), (MAX_HEADS, True)):
+        constants = {
+            "JOINT": joint,
+            "ALPHA_NUMERATOR": 1,
+            "ALPHA_DENOMINATOR": 5 if joint else 1,
+            "HEADS": tuning.heads(heads),
+            "COLUMNS": tuning.columns(heads),
+            "TILE": tuning.tile,
+        }
+        found.append(
             _kernel(
                 f"allocate, {heads} heads, {'adaptive' if joint else 'uniform'}",
                 allocate,
                 tuning.row_warps(heads),
-                {**constants, "JOINT": joint, "ALPHA_NUMERATOR": 1, "ALPHA_DENOMINATOR": 5 if joint else 1},
+                constants,
             )
-            for joint in ([False, True] if heads > 1 else [False])
-        ]
+        )
     found.append(_kernel("emit", emit, tuning.num_warps, {"COLUMNS": tuning.columns(1), "TILE": tuning.tile}))
     return found
 

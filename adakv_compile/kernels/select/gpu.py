@@ -18,6 +18,8 @@ __all__ = ["choose", "select"]
 
 # Second axis of a CUDA grid.
 _MAX_GRID = 65535
+# Of a row: they are counted with 32 bits.
+_MAX_SCORES = 2**30
 
 
 def select(
@@ -91,7 +93,7 @@ def choose(
         policy.method == "streamingllm"
         or not 1 <= num_heads <= MAX_HEADS
         or batch * num_heads > _MAX_GRID
-        or not 1 <= num_heads * length < 2**31
+        or not 1 <= num_heads * length < _MAX_SCORES
     ):
         return _choose_portable(policy, scores, slots, valid, first_live, protected_from, total)
     device = scores.device

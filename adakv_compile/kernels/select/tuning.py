@@ -28,8 +28,8 @@ class Tuning:
     num_warps: int
 
     def heads(self, num_heads: int) -> int:
-        """Return the power of two that covers the heads."""
-        return max(2, 1 << (num_heads - 1).bit_length())
+        """Return the power of two that covers the heads; few of them share a compilation."""
+        return max(8, 1 << (num_heads - 1).bit_length())
 
     def row_warps(self, num_heads: int) -> int:
         """Return the warps of a program that works on all heads of a row."""
@@ -37,7 +37,7 @@ class Tuning:
 
     def columns(self, num_heads: int) -> int:
         """Return the tiles or entries of all heads that fit into a block."""
-        return self.block // max(8, self.heads(num_heads))
+        return self.block // self.heads(num_heads)
 
 
 # In the interpreter tiles are small, so that small cases have several.

@@ -97,8 +97,8 @@ def _short_rows(draw: Draw) -> None:
 
 
 def _shapes(draw: Draw) -> None:
-    _check(draw.normal(3, 8, 77), Policy(budget=12, window=4))
-    _check(_tied(draw, 1, 33, 70), Policy(budget=9, window=4, alpha=0.3))
+    _check(draw.normal(2, 8, 77), Policy(budget=12, window=4))
+    _check(_tied(draw, 1, 33, 66), Policy(budget=9, window=4, alpha=0.3))
     # More tiles than are counted at once.
     _check(_tied(draw, 1, 2, 650), Policy(budget=100, window=4, kernel_size=3))
     strided = draw.normal(90, 2, 3).permute(1, 2, 0)
