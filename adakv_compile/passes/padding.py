@@ -27,14 +27,16 @@ _RELATIONS: Final[Mapping[str, Callable[..., Any]]] = {
 }
 
 
-def emit_padding(fact: PaddingFact, emit: Emit, columns: int | torch.SymInt, kept: int | torch.SymInt) -> fx.Node:
-    """Add the nodes that compute the padding of the newest ``kept`` of ``columns`` mask columns.
+def emit_padding(
+    fact: PaddingFact, emit: Emit, columns: int | torch.SymInt, start: int | fx.Node | None = None
+) -> fx.Node:
+    """Add the nodes that compute the padding of ``columns`` mask columns, or of those from ``start`` on.
 
     Args:
         fact: What was proved.
         emit: Adds a call to the graph and returns it.
         columns: Columns of the mask, the number of keys attended to.
-        kept: Columns wanted; fewer than ``columns`` in a sliding cache, and then a plain number.
+        start: First column wanted, counted from the end if negative: where a sliding cache cuts its keys.
 
     Raises:
         RuntimeError: The columns lie in the padding tensor at an offset that is no number.
@@ -46,10 +48,7 @@ def emit_padding(fact: PaddingFact, emit: Emit, columns: int | torch.SymInt, kep
         if not (node.meta["val"].dtype is torch.bool and (fact.relation, fact.value) == ("eq", True)):
             node = emit(_RELATIONS[fact.relation], (node, fact.value))
         node = _columns(node, fact.column_offset, columns, emit)
-    newest = static_int(kept)
-    if newest is not None and static_int(columns) != newest:
-        node = emit(aten.slice.Tensor, (node, 1, -newest))
-    return node
+    return node if start is None else emit(aten.slice.Tensor, (node, 1, start))
 
 
 def _columns(node: fx.Node, offset: sympy.Expr, columns: int | torch.SymInt, emit: Emit) -> fx.Node:

@@ -118,7 +118,9 @@ class _Rewriter:
         lse = self._attend(planned)
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
         with self.graph.inserting_before(site.node.next):
-            padding = self._padding(planned, shape_of(planned.key.cached)[2])
+            cached = planned.key.cached
+            start = cast("int | fx.Node", arg(cached, 2, "start", 0)) if planned.key.is_sliding else None
+            padding = self._padding(planned, start)
             scores = self._call(
                 self._op(kernels.observe.SPEC, planned),
                 (site.query, key, padding, lse, site.scale, mask.sliding_window, policy),
@@ -263,8 +265,8 @@ class _Rewriter:
         self.replaced[update.whole] = update.new
         return update.new if update.cached is update.whole else update.cached
 
-    def _padding(self, planned: PlannedSite, kept: int | torch.SymInt) -> fx.Node | None:
-        """Emit the padding of the newest ``kept`` columns, if there is any."""
+    def _padding(self, planned: PlannedSite, start: int | fx.Node | None = None) -> fx.Node | None:
+        """Emit the padding of all columns, or of those from ``start`` on, if there is any."""
         fact = planned.mask.padding
         if fact is None:
             return None
@@ -272,13 +274,13 @@ class _Rewriter:
         def emit(target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
             return self._call(target, args, like=planned.site.node)
 
-        return emit_padding(fact, emit, planned.site.key_length, kept)
+        return emit_padding(fact, emit, planned.site.key_length, start)
 
     def _columns(self, planned: PlannedSite) -> fx.Node | None:
         """Emit the padding of all columns; a sliding cache without one still needs its columns told apart."""
         columns = planned.site.key_length
         if not planned.mask.columns:
-            return self._padding(planned, columns)
+            return self._padding(planned)
         batch, device = shape_of(planned.site.query)[0], planned.site.query.meta["val"].device
         node = self.graph.call_function(
             aten.ones.default,
