@@ -33,8 +33,22 @@ from benchmarks.gpu.timing import copy_bandwidth
 __all__ = ["run"]
 
 BUDGET = 0.1
-PLAN = ((1, 32_768), (1, 131_072), (1, 8_192), (8, 32_768), (8, 8_192), (8, 131_072))
-"""Batch and context."""
+FIRST = ("prefill", "adakv graphs", "static graphs")
+THEN = ("adakv", "inductor")
+"""Decode without CUDA graphs: two more compilations."""
+PLAN = (
+    (1, 32_768, FIRST),
+    (1, 131_072, FIRST),
+    (1, 8_192, FIRST),
+    (8, 32_768, FIRST),
+    (1, 32_768, THEN),
+    (1, 131_072, THEN),
+    (1, 8_192, THEN),
+    (8, 8_192, FIRST),
+    (8, 131_072, FIRST),
+    (8, 32_768, THEN),
+)
+"""Batch, context, and what is measured there."""
 WARM_UP = 4
 """Steps before those that are timed: compilation, a run outside of a graph, the recording."""
 STEPS = 256
@@ -53,8 +67,7 @@ class Bench:
     model: Any
     bandwidth: float
     twins: dict[str, Any] = field(default_factory=dict[str, Any])
-    compiled: set[tuple[object, ...]] = field(default_factory=set[tuple[object, ...]])
-    longest_compilation: float = FIRST_COMPILATION
+    compiled: dict[tuple[object, ...], float] = field(default_factory=dict[tuple[object, ...], float])
 
     def call(self, name: str) -> Any:
         """Return the model compiled in a way."""
@@ -66,7 +79,11 @@ class Bench:
 
     def expected(self, *graph: object) -> float:
         """Return the seconds that compiling a graph will take, 0 if it was compiled."""
-        return 0.0 if self.run.smoke or graph in self.compiled else 1.2 * self.longest_compilation
+        if self.run.smoke or graph in self.compiled:
+            return 0.0
+        # A graph of the same model and way for another batch is the best guess; the last one otherwise.
+        alike = [seconds for known, seconds in self.compiled.items() if known[:2] == graph[:2]]
+        return 1.2 * [FIRST_COMPILATION, *self.compiled.values(), *alike][-1]
 
     def first(self, graph: tuple[object, ...], call: Callable[[], Any]) -> tuple[Any, float]:
         """Return the result and the seconds of a call that may compile."""
@@ -75,9 +92,7 @@ class Bench:
         _wait(self.run)
         seconds = time.perf_counter() - begin
         if graph not in self.compiled:
-            known = self.longest_compilation if len(self.compiled) else 0.0
-            self.longest_compilation = max(known, seconds)
-            self.compiled.add(graph)
+            self.compiled[graph] = seconds
         return result, seconds
 
 
@@ -91,9 +106,8 @@ def run(run: Run) -> None:
     torch._dynamo.config.recompile_limit = 64  # pyright: ignore[reportPrivateUsage]
     with torch.no_grad():
         bench = Bench(run, attention, models.build(run), copy_bandwidth(run))
-        for batch, context in ((1, attention.contexts[0]),) if run.smoke else PLAN:
-            _shape(bench, batch, context)
-            _collect(run)
+        for batch, context, wanted in ((1, attention.contexts[0], FIRST + THEN),) if run.smoke else PLAN:
+            _shape(bench, batch, context, wanted)
 
 
 def _ways(run: Run) -> dict[str, dict[str, Any]]:
@@ -113,8 +127,8 @@ def _ways(run: Run) -> dict[str, dict[str, Any]]:
     }
 
 
-def _shape(bench: Bench, batch: int, context: int) -> None:
-    """Measure everything at one batch and context, as far as memory and time go, the most telling first."""
+def _shape(bench: Bench, batch: int, context: int, wanted: tuple[str, ...]) -> None:
+    """Measure what is wanted at one batch and context, as far as memory and time go."""
     run, attention = bench.run, bench.attention
     where = f"batch {batch}, context {context}"
     dense = attention.layers * batch * attention.kv_heads * context * attention.entry_bytes(run.dtype)
@@ -125,6 +139,15 @@ def _shape(bench: Bench, batch: int, context: int) -> None:
 
     def compressed(name: str, steps: int) -> None:
         nonlocal cache
+        graphs = [(name, what, batch > 1) for what in ("prefill", "decode")]
+        needed = sum(bench.expected(*graph) for graph in graphs) + _cost(batch, context)
+        if (
+            cache is None
+            and name == "adakv"
+            and run.has_memory(f"{name}, {where}", kept + activations)
+            and run.has_time(f"{name}, {where}", needed)
+        ):
+            cache = _prefill(bench.call("adakv"), _prompt(bench, batch, context))
         if cache is not None:
             cache = _decode(bench, name, batch, context, cache, steps, kept)
 
@@ -136,7 +159,7 @@ def _shape(bench: Bench, batch: int, context: int) -> None:
 
     def static() -> None:
         name = "static graphs"
-        expected = bench.expected(name, batch, context)
+        expected = bench.expected(name, "decode", batch, context)
         if run.has_memory(f"static cache, {where}", dense) and run.has_time(f"{name}, {where}", expected + 5):
             full = models.static_cache(run, bench.model, attention, batch, context, FEW_STEPS + 2 * WARM_UP)
             _decode(bench, name, batch, context, full, FEW_STEPS, dense)
@@ -147,15 +170,16 @@ def _shape(bench: Bench, batch: int, context: int) -> None:
             full = models.dynamic_cache(run, bench.model, attention, batch, context)
             _decode(bench, "inductor", batch, context, full, FEW_STEPS, dense)
 
-    for what, measure in (
-        ("prefill", prefills),
-        ("decode of adakv graphs", lambda: compressed("adakv graphs", STEPS)),
-        ("decode of static graphs", static),
-        ("decode of adakv", lambda: compressed("adakv", FEW_STEPS)),
-        ("decode of inductor", dynamic),
-    ):
+    measures: dict[str, Callable[[], None]] = {
+        "prefill": prefills,
+        "adakv graphs": lambda: compressed("adakv graphs", STEPS),
+        "static graphs": static,
+        "adakv": lambda: compressed("adakv", FEW_STEPS),
+        "inductor": dynamic,
+    }
+    for what in wanted:
         try:
-            measure()
+            measures[what]()
         except Exception as error:  # noqa: BLE001  # what one way can't do is a result; the others go on
             run.fail(f"{what}, {where}", error)
         _collect(run)
@@ -165,8 +189,8 @@ def _prefills(bench: Bench, ways: list[str], batch: int, context: int) -> Any:
     """Time prefills in turn; return a compressed cache, or None if there was no time for one."""
     run = bench.run
     where = f"batch {batch}, context {context}"
-    ids = torch.randint(0, bench.model.config.vocab_size, (batch, context), device=run.device)
-    cost = 15 * batch * context / 1e5
+    ids = _prompt(bench, batch, context)
+    cost = _cost(batch, context)
     cold: dict[str, float] = {}
     for name in list(ways):
         graph = (name, "prefill", batch > 1)
@@ -207,6 +231,15 @@ def _prefills(bench: Bench, ways: list[str], batch: int, context: int) -> Any:
     return cache if ways and ways[-1] == "adakv" else None
 
 
+def _cost(batch: int, context: int) -> float:
+    """Return about the seconds that a prefill takes at most."""
+    return 15 * batch * context / 1e5
+
+
+def _prompt(bench: Bench, batch: int, context: int) -> Tensor:
+    return torch.randint(0, bench.model.config.vocab_size, (batch, context), device=bench.run.device)
+
+
 def _prefill(call: Any, ids: Tensor) -> Any:
     """Return the cache behind a prompt, its first token chosen."""
     out = call(ids, use_cache=True, logits_to_keep=1)
@@ -230,7 +263,7 @@ def _decode(bench: Bench, name: str, batch: int, context: int, cache: Any, steps
         The cache behind the steps.
     """
     run, where = bench.run, f"batch {batch}, context {context}"
-    graph = (name, batch, context) if name == "static graphs" else (name, "decode", batch > 1)
+    graph = (name, "decode", batch, context) if name == "static graphs" else (name, "decode", batch > 1)
     if not run.has_time(f"decode of {name}, {where}", bench.expected(*graph) + 5):
         return cache
     steps = 2 if run.smoke else steps

@@ -158,7 +158,7 @@ def test_a_part_that_crashes_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_nothing_is_timed_if_a_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "names", lambda: (["op/good", "op/bad"], []))
+    monkeypatch.setattr(checks, "names", lambda: (["compact/good", "compact/bad"], []))
     started: list[str] = []
 
     def start(part: str, rows: Path, deadline: float, smoke: bool, names: Sequence[str]) -> None:
@@ -166,13 +166,13 @@ def test_nothing_is_timed_if_a_check_fails(tmp_path: Path, monkeypatch: pytest.M
         run = Run(part, rows, deadline, smoke)
         for name in names:
             run.write("started", name=name)
-            run.write("check", name=name, passed=name == "op/good", why="wrong by 3")
+            run.write("check", name=name, passed=name == "compact/good", why="wrong by 3")
 
     assert measure(Wanted(PARTS, tmp_path, 100.0, smoke=True), start) == 1
     assert started == ["checks"]
     text = (tmp_path / "gpu.md").read_text()
     assert "1 of 2 passed" in text
-    assert "| op/bad | wrong by 3 |" in text
+    assert "| compact/bad | wrong by 3 |" in text
 
 
 def test_a_check_that_kills_its_process_costs_no_other(tmp_path: Path) -> None:
