@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_grouped", "check_like", "check_mask", "check_shape"]
+__all__ = ["check_device", "check_grouped", "check_like", "check_mask", "check_shape"]
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
@@ -34,6 +34,17 @@ def check_like(op: str, reference: torch.Tensor, **tensors: torch.Tensor) -> Non
             raise ValueError(f"{op}: {name} is on {tensor.device}; expected {reference.device}")
 
 
+def check_device(op: str, reference: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Check that tensors, those that are given, are on the device of ``reference``.
+
+    Raises:
+        ValueError: One of them is elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; expected {reference.device}")
+
+
 def check_grouped(op: str, num_query_heads: int, num_kv_heads: int) -> None:
     """Check that every KV head serves the same number of query heads.
 
@@ -53,8 +64,9 @@ def check_mask(
     """Check a mask ``[B | 1, 1 | Hq, T | 1, M]`` and a padding mask ``[B | 1, M]`` against the queries.
 
     Raises:
-        ValueError: A size does not broadcast, or the dtype can't be a mask's.
+        ValueError: A size does not broadcast, the dtype can't be a mask's, or one of them is on another device.
     """
+    check_device(op, query, mask=mask, padding=padding)
     if mask is not None:
         sizes = mask.shape
         if len(sizes) != 4 or any(size not in (1, want) for size, want in zip(sizes[:3], query.shape[:3], strict=True)):

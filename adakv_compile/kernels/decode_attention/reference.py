@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adakv_compile.kernels._checks import check_grouped, check_like, check_mask, check_shape
+from adakv_compile.kernels._checks import check_device, check_grouped, check_like, check_mask, check_shape
 from adakv_compile.kernels._ragged import (
     Attended,
     Entries,
@@ -134,6 +134,7 @@ def check_attention(
     check_shape(op, "value_new", value_new, (batch, num_heads, count, value_dim))
     check_shape(op, "tail_keys", tail_keys, (batch, num_heads, None, key_dim))
     check_shape(op, "tail_values", tail_values, (batch, num_heads, tail_keys.shape[2], value_dim))
+    check_device(op, query, offsets=offsets, positions=positions)
     check_like(
         op,
         query,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from adakv_compile.kernels._checks import check_grouped, check_like, check_shape
+from adakv_compile.kernels._checks import check_device, check_grouped, check_like, check_shape
 from adakv_compile.policy import Policy, window_scores
 
 __all__ = ["check_observation", "observe"]
@@ -63,6 +63,7 @@ def check_observation(
     check_shape("observe", "key", key, (query.shape[0], None, None, query.shape[3]))
     check_like("observe", query, key=key)
     check_grouped("observe", query.shape[1], key.shape[1])
+    check_device("observe", query, padding=padding, lse=lse)
     if padding is not None:
         check_shape("observe", "padding", padding, (None if padding.shape[0] == 1 else query.shape[0], key.shape[2]))
         if padding.dtype != torch.bool:
