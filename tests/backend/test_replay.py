@@ -10,6 +10,7 @@ import torch
 from torch._functorch import config as functorch_config
 from torch._inductor import compile_fx, config
 from torch._inductor.cudagraph_utils import check_for_mutation_ignore_cuda_graph_managed_tensor
+from transformers import DynamicCache
 
 import adakv_compile
 from tests.models.families import VOCAB, build
@@ -40,21 +41,28 @@ class Compilations:
         return self._compile(gm, example_inputs, **kwargs)
 
 
-def generate(padded: bool = False) -> tuple[list[dict[str, Any]], torch.nn.Module]:
+def decode(padded: bool = False) -> tuple[list[dict[str, Any]], torch.nn.Module]:
+    """Run a prompt and three steps, positions given as a tensor; return what was compiled."""
     model = build("llama", layers=2)
     ids, mask = torch.randint(2, VOCAB, (2, 40)), torch.ones(2, 40, dtype=torch.long)
-    mask[0, : 5 if padded else 0] = 0
+    mask[0, :5] = 0
     seen = Compilations()
     model.compile(backend="adakv", options=OPTIONS, dynamic=True)
-    uncached = config.patch(fx_graph_cache=False)
     patched = mock.patch.object(compile_fx, "_compile_fx_inner", seen)
-    with patched, uncached, functorch_config.patch(enable_autograd_cache=False):
-        model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    uncached = config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False)
+    cache = DynamicCache()
+    with patched, uncached[0], uncached[1], torch.no_grad():
+        for length in range(40, 44):
+            positions = torch.arange(length)[None, -ids.shape[1] :].expand(2, -1)
+            given = {"attention_mask": mask} if padded else {}
+            out = model(ids, position_ids=positions, past_key_values=cache, **given)
+            ids = out.logits[:, -1:].argmax(-1)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     return seen.calls, model
 
 
 def test_a_step_is_recorded_and_the_prompt_is_not() -> None:
-    (prompt, step), model = generate()
+    (prompt, step), model = decode()
     assert not prompt["recorded"], "a replay would write over the cache that this graph makes"
     assert step["recorded"]
     placeholders = step["inputs"]
@@ -71,7 +79,7 @@ def test_a_step_is_recorded_and_the_prompt_is_not() -> None:
 
 
 def test_nothing_that_a_step_writes_to_keeps_it_from_being_recorded() -> None:
-    _, step = generate()[0]
+    _, step = decode()[0]
     names = [node.name for node in step["inputs"]]
     written = {i for i, node in enumerate(step["inputs"]) if any(_mutates(user, node) for user in node.users)}
     assert len(written) == 2 * 3, [names[i] for i in written]
@@ -83,7 +91,7 @@ def test_nothing_that_a_step_writes_to_keeps_it_from_being_recorded() -> None:
 
 def test_a_mask_that_grows_can_not_be_replayed_and_the_report_says_so() -> None:
     with pytest.warns(UserWarning, match="not replayed as a CUDA graph: inputs of sizes .* change with every token"):
-        (prompt, step), _ = generate(padded=True)
+        (prompt, step), _ = decode(padded=True)
     assert not prompt["recorded"]
     assert not step["recorded"]
 
