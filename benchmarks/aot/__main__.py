@@ -29,7 +29,7 @@ def _identity(kernel: Kernel, capability: tuple[int, int]) -> tuple[Any, ...]:
     """Return what makes two compilations the same."""
     parts = (kernel.types, kernel.constants)
     named = tuple(tuple(sorted((name, repr(value)) for name, value in part.items())) for part in parts)
-    return (capability, id(kernel.function), *named, kernel.num_warps, kernel.num_stages)
+    return (capability, id(kernel.function), *named, kernel.num_warps, kernel.num_stages, kernel.maxnreg)
 
 
 def _rows(ops: list[str], architectures: list[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -95,10 +95,13 @@ def _compile(kernel: Kernel, capability: tuple[int, int]) -> Any:
         for index, name in enumerate(names)
         if name not in kernel.constants and (signature[name].startswith("*") or kernel.types[name].endswith(":16"))
     }
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    if kernel.maxnreg is not None:
+        options["maxnreg"] = kernel.maxnreg
     return triton.compile(
         ASTSource(fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=aligned),
         target=GPUTarget("cuda", 10 * capability[0] + capability[1], 32),
-        options={"num_warps": kernel.num_warps, "num_stages": kernel.num_stages},
+        options=options,
     )
 
 

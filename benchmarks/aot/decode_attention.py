@@ -31,46 +31,54 @@ class _Call:
 
 
 def _calls() -> list[_Call]:
-    one = Shape(
-        torch.bfloat16, batch=1, num_heads=8, group=4, count=1, key_dim=128, value_dim=128, slots=0, capacity=256
+    step = Shape(
+        dtype=torch.bfloat16,
+        batch=1,
+        num_heads=8,
+        group=4,
+        count=1,
+        key_dim=128,
+        value_dim=128,
+        slots=8 * 13107,
+        capacity=256,
+        causal=True,
     )
-    one = replace(one, causal=True)
-    small, large = replace(one, slots=8 * 1024), replace(one, slots=8 * 13107)
-    found = [_Call("step, small", small), _Call("step, large", large)]
-    found += [_Call(f"step, D{dim}", replace(large, key_dim=dim, value_dim=dim)) for dim in (32, 64, 80, 96, 112, 256)]
-    found += [
-        _Call("step, Dk192 Dv128", replace(large, key_dim=192)),
-        _Call("step, fp16", replace(large, dtype=torch.float16)),
-        _Call("step, 64 rows of the batch", replace(large, batch=64)),
-        _Call("step, padding, window", replace(large, padded=True, window=True)),
-        _Call("step, bool mask, padding", replace(large, padded=True, mask=torch.bool)),
-        _Call("step, float mask", replace(large, mask=torch.bfloat16)),
-        _Call("step, group 1", replace(large, num_heads=32, group=1)),
-        _Call("step, group 32", replace(large, group=32)),
-        _Call("step, group 128", replace(large, num_heads=1, group=128)),
-        _Call("5 tokens", replace(large, count=5)),
-    ]
-    for name, changed in (
-        ("64 tokens", replace(large, count=64)),
-        ("64 tokens, float mask", replace(large, count=64, mask=torch.bfloat16, padded=True)),
-        ("64 tokens, D256", replace(large, count=64, key_dim=256, value_dim=256)),
-        ("4096 tokens", replace(large, count=4096, append=False)),
-        ("4096 tokens, D64", replace(large, count=4096, append=False, key_dim=64, value_dim=64)),
-        ("4096 tokens, D256", replace(large, count=4096, append=False, key_dim=256, value_dim=256)),
-        ("4096 tokens, padding, window", replace(large, count=4096, append=False, padded=True, window=True)),
-    ):
-        found.append(_Call(name, changed))
-    return found + [
-        _Call(f"{call.name}, fp32", replace(call.shape, dtype=torch.float32))
-        for call in found
-        if call.shape.dtype == torch.bfloat16 and call.shape.mask is None
-    ]
+    chunk = replace(step, count=64)
+    prompt = replace(step, count=4096, append=False)
+    calls = {
+        "step": step,
+        "step, small": replace(step, slots=8 * 1024),
+        "step, D64": replace(step, key_dim=64, value_dim=64),
+        "step, D80": replace(step, key_dim=80, value_dim=80),
+        "step, D256": replace(step, key_dim=256, value_dim=256),
+        "step, Dk192 Dv128": replace(step, key_dim=192),
+        "step, 64 rows": replace(step, batch=64),
+        "step, padding, window": replace(step, padded=True, window=True),
+        "step, float mask, padding": replace(step, mask=torch.bfloat16, padded=True),
+        "step, group 32": replace(step, group=32),
+        "5 tokens": replace(step, count=5),
+        "64 tokens": chunk,
+        "64 tokens, D64": replace(chunk, key_dim=64, value_dim=64),
+        "64 tokens, D256": replace(chunk, key_dim=256, value_dim=256),
+        "64 tokens, float mask, padding": replace(chunk, mask=torch.bfloat16, padded=True),
+        "4096 tokens": prompt,
+        "4096 tokens, D256": replace(prompt, key_dim=256, value_dim=256),
+        "4096 tokens, padding, window": replace(prompt, padded=True, window=True),
+    }
+    exact = ("step", "step, D256", "step, padding, window", "5 tokens", "64 tokens", "4096 tokens, D256")
+    calls |= {f"{name}, fp32": replace(calls[name], dtype=torch.float32) for name in exact}
+    return [_Call(name, shape) for name, shape in calls.items()]
 
 
 def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
     shape = call.shape
     chosen = plan(Target(capability, _PROCESSORS[capability]), shape)
-    strides = {name: "i32" for name in attend.arg_names if "_stride_" in name}
+    # Those of heads and tokens are multiples of the head dimension; a mask has any number of columns.
+    strides = {
+        name: "i32" if name.startswith(("mask", "padding")) else "i32:16"
+        for name in attend.arg_names
+        if "_stride_" in name
+    }
     types = dict.fromkeys(_POINTERS, f"*{_TYPES[shape.dtype]}")
     types |= dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(("sums", "partial", "partial_sums"), "*fp32")
     types |= dict.fromkeys((*_INTEGERS, *_COLUMNS), "i32") | strides | {"scale": "fp32", "padding": "*i1"}
@@ -100,6 +108,7 @@ def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
         tensor_cores=shape.dtype != torch.float32,
+        maxnreg=chosen.maxnreg,
     )
 
 

@@ -30,6 +30,7 @@ class Kernel:
         num_warps: As launched.
         num_stages: As launched.
         tensor_cores: Whether the code must hold tensor-core instructions.
+        maxnreg: As launched; registers of a thread at most. None: the assembler decides.
     """
 
     name: str
@@ -39,3 +40,4 @@ class Kernel:
     num_warps: int = 4
     num_stages: int = 2
     tensor_cores: bool = False
+    maxnreg: int | None = None

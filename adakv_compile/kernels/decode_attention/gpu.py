@@ -209,6 +209,7 @@ def attend(
         device=device,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
+        **({} if chosen.maxnreg is None else {"maxnreg": chosen.maxnreg}),
         **chosen.constants,
     )
     return output, sums

@@ -15,8 +15,12 @@ from adakv_compile.kernels._support import Target
 
 __all__ = ["Blocks", "Plan", "Shape", "blocks_of", "plan"]
 
-FEW: Final = 16
-"""New tokens that a head's first item takes on the side."""
+# New tokens that a head's first item takes on the side.
+_FEW: Final = 16
+# Slots of all rows below which a step is no longer limited by bandwidth.
+_SMALL: Final = 16384
+# Registers that a thread may use.
+_ALL: Final = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,8 @@ class Blocks:
         num_warps: Warps of a program.
         num_stages: Stages of the loops over tiles.
         least: Least tiles of an item.
+        maxnreg: Registers of a thread at most. None: the assembler decides, and would rather spill a few bytes than
+            lose a program per processor; with many rows, that costs more than it gives.
     """
 
     rows: int
@@ -36,6 +42,7 @@ class Blocks:
     num_warps: int
     num_stages: int
     least: int = 1
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,7 @@ class Plan:
         extra: Items beyond one per head.
         num_warps: Of a program.
         num_stages: Of the loops over tiles.
+        maxnreg: Registers of a thread at most.
         constants: The kernel's ``tl.constexpr`` parameters.
     """
 
@@ -93,6 +101,7 @@ class Plan:
     extra: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     constants: dict[str, Any]
 
     @property
@@ -101,28 +110,37 @@ class Plan:
         return self.constants["SPLIT"]
 
 
-def blocks_of(target: Target, itemsize: int, dim: int, rows: int, entries: int) -> Blocks:
-    """Return the row of the table.
+def blocks_of(target: Target, shape: Shape) -> Blocks:
+    """Return the row of the table for a call.
 
-    Args:
-        target: The device.
-        itemsize: Bytes of an element of keys and values.
-        dim: The larger head dimension, padded to a power of two.
-        rows: Query rows of a KV head.
-        entries: Slots of all prefixes together, what there is to read at most.
+    Steps want bytes in flight: stages, and tiles as large as registers allow. With many rows the products count, and
+    registers: accumulators of more rows go over more warps. Looking a mask up takes registers, too.
     """
+    rows, masked = shape.group * shape.count, shape.mask is not None
+    dim = max(block_of(shape.key_dim), block_of(shape.value_dim))
     if target.capability == (0, 0):
         return Blocks(min(block_of(rows), 32), 16, 4, 1)
-    if itemsize == 4:
-        return Blocks(16, 32 if dim <= 64 else 16, 4, 2)
-    small = entries < 16384
+    if shape.dtype.itemsize == 4:
+        # No tensor cores: operands of exact products sit in registers.
+        return Blocks(16, 16, 4, 3, maxnreg=_ALL)
     if rows <= 16:
-        if dim <= 128:
-            return Blocks(16, 32, 4, 4, 2) if small else Blocks(16, 64, 4, 3)
-        return Blocks(16, 32, 4, 3)
-    if dim <= 128:
-        return Blocks(min(block_of(rows), 64), 64, 4, 3)
-    return Blocks(min(block_of(rows), 64), 32, 4, 2)
+        if dim == 256:
+            return Blocks(16, 16, 4, 4)
+        if masked:
+            return Blocks(16, 32, 4, 3)
+        if shape.batch * shape.slots < _SMALL:
+            # Latency counts: smaller tiles make more programs.
+            return Blocks(16, 32, 4, 4, 2)
+        return Blocks(16, 64, 4, 3 if dim == 128 else 4)
+    if masked:
+        return Blocks(16 if dim == 256 else 32, 32, 4, 2, maxnreg=_ALL)
+    if dim == 256:
+        return Blocks(32, 32, 8, 2, maxnreg=_ALL)
+    if rows <= 32:
+        return Blocks(32, 32, 4, 4, maxnreg=_ALL)
+    if rows >= 1024 and target.capability in ((9, 0), (10, 0)):
+        return Blocks(128, 64, 8, 3, maxnreg=_ALL)
+    return Blocks(64, 64, 8, 3, maxnreg=_ALL)
 
 
 def plan(target: Target, shape: Shape) -> Plan:
@@ -130,12 +148,13 @@ def plan(target: Target, shape: Shape) -> Plan:
     heads = shape.batch * shape.num_heads
     rows = shape.group * shape.count
     padded = block_of(shape.key_dim), block_of(shape.value_dim)
-    blocks = blocks_of(target, shape.dtype.itemsize, max(padded), rows, shape.batch * shape.slots)
+    blocks = blocks_of(target, shape)
     row_blocks = -(-rows // blocks.rows)
     # Products of float32 would take too many registers beside those of the loop.
-    few = shape.count == 1 or (shape.count <= FEW and shape.dtype.itemsize < 4)
-    # Two programs per processor hide one another's latency. Many blocks of rows fill the device by themselves.
-    extra = 0 if row_blocks >= target.processors else -(-2 * target.processors // row_blocks)
+    few = shape.count == 1 or (shape.count <= _FEW and shape.dtype.itemsize < 4)
+    # Two programs per processor hide one another's latency. Many blocks of rows fill the device by themselves, even if
+    # one head has half of everything.
+    extra = 0 if row_blocks > max(4, target.processors // 2) else -(-2 * target.processors // row_blocks)
     tiles = -(-shape.capacity // blocks.entries) + (0 if few else -(-shape.count // blocks.entries))
     most = shape.batch * (shape.slots // blocks.entries) + heads * (2 + tiles)
     combined = block_of(min(rows, blocks.rows), 1)
@@ -149,7 +168,7 @@ def plan(target: Target, shape: Shape) -> Plan:
         "DVP": padded[1],
         "BM": blocks.rows,
         "BN": blocks.entries,
-        "FEW": 1 if shape.count == 1 else FEW if few else 0,
+        "FEW": 1 if shape.count == 1 else _FEW if few else 0,
         "HEADS_BLOCK": block_of(heads, 1),
         "LEAST": blocks.least,
         "SPLIT": extra > 0,
@@ -168,5 +187,6 @@ def plan(target: Target, shape: Shape) -> Plan:
         extra=extra,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        maxnreg=blocks.maxnreg,
         constants=constants,
     )
