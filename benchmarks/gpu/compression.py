@@ -31,11 +31,15 @@ def run(run: Run) -> None:
     bandwidth = copy_bandwidth(run)
     budgets = (Budget(0.5),) if run.smoke else BUDGETS
     for context in attention.contexts:
-        if run.has_time(f"scores of {context} keys", 4):
-            _scores(run, attention, context, bandwidth)
+        what = f"scores of {context} keys"
+        if run.has_time(what, 4):
+            with run.attempt(what):
+                _scores(run, attention, context, bandwidth)
         for budget in budgets:
-            if run.has_time(f"selection and compaction, {budget} of {context}", 4):
-                _select_and_compact(run, attention, context, budget, bandwidth)
+            what = f"selection and compaction, {budget} of {context}"
+            if run.has_time(what, 4):
+                with run.attempt(what):
+                    _select_and_compact(run, attention, context, budget, bandwidth)
 
 
 def _policy(run: Run, budget: Budget) -> Policy:

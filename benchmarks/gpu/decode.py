@@ -7,7 +7,6 @@ round over enough copies of the cache that none is found in the L2 cache.
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -69,13 +68,13 @@ def run(run: Run) -> None:
         name = f"decode attention, batch {first.batch}, context {first.context}"
         if not run.has_time(name, 3):
             continue
-        full = prepare(run, _full(run, attention, first))
-        for case in group:
-            what = f"{name}, budget {case.budget}, skew {case.skew}"
-            if run.has_time(what, 1):
-                _one(run, attention, case, full, bandwidth)
-        del full
-        gc.collect()
+        with run.attempt(name):
+            full = prepare(run, _full(run, attention, first))
+            for case in group:
+                what = f"{name}, budget {case.budget}, skew {case.skew}"
+                if run.has_time(what, 1):
+                    _one(run, attention, case, full, bandwidth)
+            del full
 
 
 def _one(run: Run, attention: Attention, case: Case, full: dict[str, Ready | str], bandwidth: float) -> None:

@@ -178,11 +178,8 @@ def _shape(bench: Bench, batch: int, context: int, wanted: tuple[str, ...]) -> N
         "inductor": dynamic,
     }
     for what in wanted:
-        try:
+        with run.attempt(f"{what}, {where}"):
             measures[what]()
-        except Exception as error:  # noqa: BLE001  # what one way can't do is a result; the others go on
-            run.fail(f"{what}, {where}", error)
-        _collect(run)
 
 
 def _prefills(bench: Bench, ways: list[str], batch: int, context: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -215,11 +216,13 @@ def _absent(rows: Sequence[Row]) -> str:
         for row in rows
         if row["kind"] in ("skipped", "failed", "crashed")
     ]
-    reasons: dict[tuple[str, str, str], int] = {}
+    smoke = any("smoke" in row for row in rows)
+    reasons: Counter[tuple[str, str, str, str]] = Counter()
     for row in rows:
         for name, times in row.get("times", {}).items():
             if "absent" in times:
-                key = (row["part"], name, times["absent"])
-                reasons[key] = reasons.get(key, 0) + 1
-    lines += [(part, "absent", f"{name}, {count} cases", why) for (part, name, why), count in reasons.items()]
+                reasons[row["part"], "absent", name, times["absent"]] += 1
+            elif not times.get("graph", True) and not smoke:
+                reasons[row["part"], "no graph", name, "could not be captured: timed as it is, launches included"] += 1
+    lines += [(part, kind, f"{name}, {count} cases", why) for (part, kind, name, why), count in reasons.items()]
     return table(["part", "", "what", "why"], lines)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch._ops import OpOverload
 
 __all__ = ["Row", "Run", "read_rows"]
+
+_SPOILT: Final = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "launch failure",
+    "device-side assert",
+)
+"""Of messages behind which nothing runs on the device any more in this process."""
 
 Row = dict[str, Any]
 """One line of the results; ``part`` and ``kind`` say which."""
@@ -82,6 +93,19 @@ class Run:
         """Say that something raised, with the end of its traceback."""
         trace = "".join(traceback.format_exception(error)).splitlines()
         self.write("failed", what=what, why=f"{type(error).__name__}: {error}"[:1000], trace=trace[-12:])
+
+    @contextmanager
+    def attempt(self, what: str) -> Generator[None, None, None]:
+        """Go on behind whatever raises in here, the reason being a result; not on a device that it has spoilt."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(what, error)
+            if any(word in str(error) for word in _SPOILT):
+                raise
+        if not self.smoke:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def note(self, text: str) -> None:
         """Say something about the results, once."""

@@ -134,11 +134,12 @@ def copy_bandwidth(run: Run) -> float:
 
 def launches(run: Run, call: Callable[[], object]) -> int | None:
     """Return how many kernels, copies and fills a call puts on the GPU; None where that can't be observed."""
-    if run.smoke:
+    activity = torch.profiler.ProfilerActivity.CUDA
+    if run.smoke or activity not in torch.profiler.supported_activities():
         return None
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[activity]) as profile:
         call()
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() or () if event.device_type.name == "CUDA"]

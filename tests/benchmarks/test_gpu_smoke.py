@@ -119,6 +119,24 @@ def test_a_part_says_what_it_had_no_time_for(tmp_path: Path) -> None:
     assert "60 s needed" in row["why"]
 
 
+def test_what_raises_is_a_result_unless_it_spoilt_the_device(tmp_path: Path) -> None:
+    run = Run("decode", tmp_path / "rows.jsonl", time.time() + 10, smoke=True)
+    with run.attempt("a case"):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="illegal"), run.attempt("another case"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    first, second = read_rows(run.rows)
+    assert (first["kind"], first["what"], first["why"]) == ("failed", "a case", "RuntimeError: shapes differ")
+    assert any("test_gpu_smoke.py" in line for line in first["trace"])
+    assert second["what"] == "another case"
+
+
+def test_what_was_not_captured_is_said(tmp_path: Path) -> None:
+    row = _decode_row(times={"adakv": 12.0})
+    row["times"]["adakv"]["graph"] = False
+    assert "| no graph | adakv, 1 cases | could not be captured" in report.markdown([row])
+
+
 def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"kind": "case"}\n{"kind": "ca')
