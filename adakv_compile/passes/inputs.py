@@ -13,7 +13,7 @@ from adakv_compile import _torch
 from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
 from adakv_compile.capture import Program
 from adakv_compile.kernels.decode_attention import CURSOR_SIZE
-from adakv_compile.passes.nodes import shape_of
+from adakv_compile.passes.nodes import same_size, shape_of
 from adakv_compile.passes.plan import PlannedSite
 
 __all__ = ["GraphInputs"]
@@ -39,6 +39,9 @@ class GraphInputs:
     pasts: list[Past] = field(default_factory=list[Past])
     unguarded: list[torch.SymInt] = field(default_factory=list[torch.SymInt])
     _added: dict[fx.Node, tuple[Input, Any]] = field(default_factory=dict[fx.Node, "tuple[Input, Any]"])
+    _lengths: list[tuple[int | torch.SymInt, fx.Node]] = field(
+        default_factory=list["tuple[int | torch.SymInt, fx.Node]"]
+    )
 
     def add_past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
         """Add the parts of a layer's store as inputs; return the past's index and the parts by field name.
@@ -86,6 +89,8 @@ class GraphInputs:
             with fake_mode:
                 fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
             parts[name] = self._add(f"layer_{index}_{name}", StorePart(index, name), fake)
+        if appends and not self.pasts[index].drops_oldest:
+            self._lengths.append((shape_of(key)[2], parts["cursor"]))
         return index, parts
 
     def add_host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
@@ -117,6 +122,7 @@ class GraphInputs:
                 if user.target is aten.sym_size.int:
                     self._replace_size(past, user)
         self.program.module.graph.eliminate_dead_code()
+        self._count_on_the_device()
         self._drop_unused_sizes(dense)
         inputs: list[tuple[Input, Any]] = []
         for node in self.program.module.graph.find_nodes(op="placeholder"):
@@ -131,6 +137,41 @@ class GraphInputs:
             index = self.program.inputs.index(node)
             inputs.append((Passed(index), self.examples[index]))
         return inputs
+
+    def _count_on_the_device(self) -> None:
+        """Let positions that start at the length of the past start at the cursor, which holds it on the device.
+
+        As an integer input it would change at every step; see :meth:`_drop_unused_sizes`.
+        """
+        if not self._lengths:
+            return
+        length, cursor = self._lengths[0]
+        graph = self.program.module.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        counted = [
+            user
+            for node in placeholders
+            if isinstance(node.meta["val"], torch.SymInt) and same_size(node.meta["val"], length)
+            for user in node.users
+            if _adds_to_integers(user, node)
+        ]
+        if not counted:
+            return
+        total = self._past_length(cursor, placeholders[-1])
+        for user in counted:
+            user.update_arg(1, total)
+
+    def _past_length(self, cursor: fx.Node, last: fx.Node) -> fx.Node:
+        """Add the sum of a cursor's two lengths, int64 without dimensions, before anything appends to the store."""
+        graph = self.program.module.graph
+        with graph.inserting_after(last):
+            lengths = graph.call_function(aten.slice.Tensor, (cursor, 0, 0, 2))
+        with graph.inserting_after(lengths):
+            total = graph.call_function(aten.sum.default, (lengths,), {"dtype": torch.int64})
+        with self.program.fake_mode:
+            lengths.meta["val"] = aten.slice.Tensor(cursor.meta["val"], 0, 0, 2)
+            total.meta["val"] = aten.sum.default(lengths.meta["val"], dtype=torch.int64)
+        return total
 
     def _drop_unused_sizes(self, dense: Sequence[fx.Node]) -> None:
         """Remove integers that nothing is computed from any more, such as the length of the text.
@@ -160,6 +201,17 @@ class GraphInputs:
             node = self._add(f"{past.name}_size_{dim}", source, user.meta["val"])
         user.replace_all_uses_with(node)
         self.program.module.graph.erase_node(user)
+
+
+def _adds_to_integers(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a node is ``integers + node``, the positions of new tokens as a rule."""
+    return (
+        user.target is aten.add.Tensor
+        and user.args[1:] == (node,)
+        and not user.kwargs
+        and isinstance(user.args[0], fx.Node)
+        and user.args[0].meta["val"].dtype == torch.int64
+    )
 
 
 def _symbols(value: object) -> frozenset[object]:
