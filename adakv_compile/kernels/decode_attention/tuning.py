@@ -122,8 +122,7 @@ def blocks_of(target: Target, shape: Shape) -> Blocks:
         return Blocks(min(block_of(rows), 32), 16, 4, 1)
     if shape.dtype.itemsize == 4:
         # No tensor cores: operands of exact products sit in registers.
-        # Allowed all of them, the assembler takes more than there are at the largest head dimension.
-        return Blocks(16, 16, 4, 3, maxnreg=None if dim == 256 else _ALL)
+        return Blocks(16, 16, 8 if dim == 256 else 4, 3, maxnreg=_ALL)
     if rows <= 16:
         if dim == 256:
             return Blocks(16, 16, 4, 4)
