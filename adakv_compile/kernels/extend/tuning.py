@@ -67,11 +67,11 @@ def blocks_of(target: Target, itemsize: int, dim: int, group: int, rows: int) ->
     width = block_of(dim)
     # Exact products run on the ordinary cores.
     if itemsize > 2:
-        return Blocks(32, 32, 4, 2) if width <= 128 else Blocks(16, 32, 4, 1)
-    if width > 128:
-        return Blocks(64, 32, 4, 2)
+        return Blocks(32, 32, 8, 1) if width <= 128 else Blocks(16, 32, 4, 1)
     # Rows of one block stay while keys stream past; of several, they stream past every tile of keys.
-    return Blocks(128, 64, 8, 3) if block_of(group, 1) * block_of(rows, 1) <= 128 else Blocks(64, 64, 4, 2)
+    if width <= 128 and block_of(group, 1) * block_of(rows, 1) <= 128:
+        return Blocks(128, 64, 8, 3)
+    return Blocks(64, 32, 8, 2)
 
 
 def constants_of(blocks: Blocks, scoring: Scoring) -> dict[str, int | bool]:
