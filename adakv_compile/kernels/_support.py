@@ -74,7 +74,7 @@ def target_of(device: torch.device) -> Target:
     """Return what kernels on ``device`` are tuned for."""
     if device.type != "cuda":
         return INTERPRETER
-    return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    return _cuda_target(torch.cuda.current_device() if str(device) == "cuda" else device.index)
 
 
 @functools.cache

@@ -24,6 +24,8 @@ from adakv_compile.kernels.decode_attention.triton_schedule import advance, arri
 from adakv_compile.kernels.decode_attention.triton_softmax import combine, fold, inside, log_sum, mean
 from adakv_compile.kernels.decode_attention.triton_visibility import FLOOR, hide
 
+__all__ = ["attend"]
+
 # Lengths change from call to call: a kernel for 16 of them is one for all.
 _ANY = ["tail_length", "prefix_length", "count", "num_all_heads", "extra", "slots", "capacity", "window"]
 _ANY += ["mask_columns", "padding_columns"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+__all__ = ["advance", "arrives_last", "count_reader", "schedule"]
+
 
 @triton.jit
 def schedule(

@@ -9,6 +9,8 @@ import triton.language as tl
 from adakv_compile.kernels._launch import dot
 from adakv_compile.kernels.decode_attention.triton_visibility import FLOOR, LOG2E
 
+__all__ = ["combine", "fold", "inside", "log_sum", "mean"]
+
 
 @triton.jit
 def fold(peak, mass, summed, logits, value, C: tl.constexpr):

@@ -18,6 +18,8 @@ from adakv_compile.kernels.compact.triton import head_of, store_rows
 from adakv_compile.kernels.decode_attention.triton_schedule import schedule
 from adakv_compile.kernels.decode_attention.triton_visibility import LOG2E, LOWEST, hide
 
+__all__ = ["gather_held", "score_held"]
+
 # Lengths change from call to call: one kernel serves them all, also those that are multiples of 16.
 _ANY = ["tail_length", "prefix_length", "count", "rows", "num_all_heads", "extra", "slots", "capacity", "window"]
 _ANY += ["mask_columns", "padding_columns", "length", "new_slots", "num_heads"]

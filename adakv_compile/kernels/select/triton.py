@@ -17,6 +17,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+__all__ = [
+    "BINS",
+    "NOT_A_NUMBER",
+    "NO_ENTRY",
+    "PREFIX",
+    "PROTECTED",
+    "SLOT",
+    "WANTED",
+    "candidate",
+    "descend",
+    "is_valid",
+    "rank_keys",
+    "refine",
+    "tile_counts",
+]
+
 BINS = tl.constexpr(256)
 # A histogram, `prefix` and `wanted`; the rest keeps histograms aligned.
 SLOT = tl.constexpr(256 + 16)

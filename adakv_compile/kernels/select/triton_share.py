@@ -8,6 +8,8 @@ import triton.language as tl
 
 from adakv_compile.kernels.select.triton import SLOT, WANTED, descend, tile_counts
 
+__all__ = ["allocate", "emit", "joint_counts", "uniform_counts"]
+
 
 @triton.jit
 def joint_counts(
