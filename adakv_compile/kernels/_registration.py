@@ -62,9 +62,8 @@ class OpSpec:
 
     def overload_for(self, kernels: Kernels) -> OpOverload:
         """Return the registered op as a graph calls it."""
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).__getattr__(
-            "default" if kernels == "auto" else kernels
-        )
+        packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        return getattr(packet, "default" if kernels == "auto" else kernels)
 
     def run_triton(self, *args: Any) -> Any:
         """Call the Triton implementation.

@@ -96,6 +96,16 @@ def test_fakes_describe_results_exactly(sample: str) -> None:
         assert [concrete(stride) for stride in fake.stride()] == list(real.stride())
 
 
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_an_overload_is_one_object(kernel: kernels.Kernels) -> None:
+    """PyTorch keeps the address of the first; another would leave it dangling, and graphs are searched by identity."""
+    for spec in SPECS:
+        if kernel == "auto" or spec.triton is not None:
+            name = "default" if kernel == "auto" else kernel
+            assert spec.overload_for(kernel) is getattr(getattr(torch.ops.adakv, spec.name), name)
+            assert spec.overload_for(kernel) is spec.overload_for(kernel)
+
+
 def test_registration_covers_the_dialect() -> None:
     assert sorted(spec.name for spec in SPECS) == [
         "compact_v1",
