@@ -1,4 +1,4 @@
-"""Shapes of blocks and launches of the attention kernel, by device, dtype and head dimension; measured nowhere else.
+"""Shapes of blocks and launches of the attention kernel, by device, dtype and head dimension; not yet timed on any.
 
 The launcher and the ahead-of-time compilation take their constants from here.
 """
@@ -131,14 +131,15 @@ def blocks_of(target: Target, shape: Shape) -> Blocks:
         if shape.batch * shape.slots < _SMALL:
             # Latency counts: smaller tiles make more programs.
             return Blocks(16, 32, 4, 4, 2)
-        return Blocks(16, 64, 4, 3 if dim == 128 else 4)
+        return Blocks(16, 64, 4, 3) if dim == 128 else Blocks(16, 64, 4, 4, maxnreg=_ALL)
     if masked:
         return Blocks(16 if dim == 256 else 32, 32, 4, 2, maxnreg=_ALL)
     if dim == 256:
         return Blocks(32, 32, 8, 2, maxnreg=_ALL)
     if rows <= 32:
         return Blocks(32, 32, 4, 4, maxnreg=_ALL)
-    if rows >= 1024 and target.capability in ((9, 0), (10, 0)):
+    plain = not (shape.window or shape.padded)
+    if rows >= 1024 and plain and target.capability in ((9, 0), (10, 0)):
         return Blocks(128, 64, 8, 3, maxnreg=_ALL)
     return Blocks(64, 64, 8, 3, maxnreg=_ALL)
 
