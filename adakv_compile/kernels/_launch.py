@@ -32,7 +32,7 @@ def launch(
         device: Where its tensors are.
         num_warps: Warps of a program.
         num_stages: Stages of pipelined loops.
-        **constants: Its ``tl.constexpr`` parameters.
+        **constants: Its ``tl.constexpr`` parameters, and options of the compiler such as ``maxnreg``.
     """
     if 0 in grid:
         return

@@ -80,7 +80,8 @@ class OpSpec:
         return self.portable(*args) if self._why_not(args) else self._implementation()(*args)
 
     def _why_not(self, args: tuple[Any, ...]) -> str | None:
-        return "the op has no Triton kernel" if self.subject is None else why_unsupported(self.subject(*args))
+        assert self.subject is not None  # it is given together with the kernel, without which nothing asks
+        return why_unsupported(self.subject(*args))
 
     def _implementation(self) -> Callable[..., Any]:
         assert self.triton is not None  # there is no overload that would call this

@@ -41,7 +41,7 @@ def choose_kernels(options: Options, site: AttentionSite) -> Implementation:
     why = why_unsupported(Subject(key.device, key.dtype, (shape_of(site.key)[3], shape_of(site.value)[3])))
     if why is not None:
         if asked == "triton":
-            return Implementation("auto", f"portable ({why})", f"option 'kernels' is 'triton': {why}")
+            return Implementation("portable", f"portable ({why})", f"option 'kernels' is 'triton': {why}")
         return Implementation("auto", "cpu" if key.device.type == "cpu" else f"portable ({why})")
     if asked == "triton":
         return Implementation("triton", "triton")

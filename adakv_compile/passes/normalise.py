@@ -24,7 +24,6 @@ __all__ = ["SOFTMAXES", "normalise", "why_not_attention"]
 aten = torch.ops.aten
 
 SOFTMAXES: Final = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
-_ADD: Final = (aten.add.Tensor, aten.add_.Tensor)
 _WHERE: Final = (aten.where.self, aten.where.ScalarOther)
 _FILL: Final = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _TIMES: Final = (aten.mul.Tensor, aten.mul.Scalar)
@@ -164,7 +163,7 @@ def _read_logits(node: fx.Node, logits: _Logits) -> fx.Node:
         elif node.target in _TIMES or node.target in _OVER:
             logits.factors.append((_factor(node.args[1]), node.target in _OVER))
             node = _node(first)
-        elif node.target in (*_ADD, *_WHERE, *_FILL):
+        elif node.target in (aten.add.Tensor, *_WHERE, *_FILL):
             if logits.factors:
                 raise _NotUnderstoodError("the mask is scaled with the logits")
             node = _read_mask(node, logits)
@@ -174,7 +173,7 @@ def _read_logits(node: fx.Node, logits: _Logits) -> fx.Node:
 
 def _read_mask(node: fx.Node, logits: _Logits) -> fx.Node:
     """Take one mask off; return the logits below it."""
-    if node.target in _ADD:
+    if node.target is aten.add.Tensor:
         if arg(node, 2, "alpha", 1) != 1:
             raise _NotUnderstoodError("a mask is added with a factor")
         left, right = _node(node.args[0]), _node(node.args[1])

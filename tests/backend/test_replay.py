@@ -95,7 +95,7 @@ def test_a_mask_that_grows_can_not_be_replayed_and_the_report_says_so() -> None:
     assert not step["recorded"]
 
 
-def test_without_the_mode_nothing_is_declared() -> None:
+def test_without_the_mode_the_report_says_nothing_of_it() -> None:
     report = adakv_compile.explain(
         build("llama"), torch.randint(2, VOCAB, (1, 40)), options={"budget": 24, "window": 8}
     )
