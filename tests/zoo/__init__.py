@@ -1,0 +1,1 @@
+"""Every kind of decoder there is, through the same four checks."""
