@@ -7,13 +7,14 @@ shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final, Literal
 
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
-from adakv_compile.runtime.compressed import CompressedKV
+from adakv_compile.runtime.compressed import CompressedKV, Kind, make_view
+from adakv_compile.runtime.layout import STANDARD, Layout
 from adakv_compile.runtime.store import LayerStore
 
 __all__ = [
@@ -76,7 +77,7 @@ class Past:
 
     Attributes:
         key: Index of the argument that holds the keys.
-        value: Index of the argument that holds the values.
+        value: Index of the argument that holds the values; the same for keys and values in one tensor.
         appends: Tokens that the graph appends to the tail in place.
         drops_oldest: Whether the graph tells apart entries that a sliding cache has dropped.
     """
@@ -105,17 +106,19 @@ class Made:
 
     Attributes:
         first: Index of the first of the four results.
-        kind: Which of the two tensors this output is.
+        kind: Which of the two tensors this output is, or that it is both.
         tokens: Tokens of this call that the cache covers: a number, or the result that holds it.
         past: The past it continues, if any.
         cached: Logical length of the tensor the caller gets.
+        layout: Its layout.
     """
 
     first: int
-    kind: Literal["key", "value"]
+    kind: Kind
     tokens: int | Returned
     past: int | None
     cached: CachedLength
+    layout: Layout = STANDARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +127,15 @@ class Grown:
 
     Attributes:
         past: The past.
-        kind: Which of the two tensors this output is.
+        kind: Which of the two tensors this output is, or that it is both.
         cached: Logical length of the tensor the caller gets.
+        layout: Its layout.
     """
 
     past: int
-    kind: Literal["key", "value"]
+    kind: Kind
     cached: CachedLength
+    layout: Layout = STANDARD
 
 
 Output = Returned | Made | Grown
@@ -159,6 +164,7 @@ def bind(
         return compiled
     pasts = boundary.pasts
     getters = [_getter(source) for source in boundary.inputs]
+    layouts = _layouts(boundary.outputs)
 
     def run(*args: Any) -> Sequence[Any]:
         stores: list[LayerStore] = []
@@ -172,7 +178,7 @@ def bind(
             if store.keys.shape[1] < _FEWEST_ENTRIES:
                 return fallback(*args)
             stores.append(store)
-        before = [(args[past.key].shape[2], args[past.key].start) for past in pasts]
+        before = [(args[past.key].length, args[past.key].start) for past in pasts]
         finished = False
         try:
             results = compiled(*[get(args, stores) for get in getters])
@@ -185,7 +191,7 @@ def bind(
         for past, store in zip(pasts, stores, strict=True):
             if past.appends:
                 store.advance(past.appends)
-        return _wrap(boundary, results, stores, before)
+        return _wrap(boundary, layouts, results, stores, before)
 
     return run
 
@@ -201,35 +207,66 @@ def _getter(source: Input) -> Callable[[Sequence[Any], Sequence[LayerStore]], An
     return lambda args, stores: read(stores[past])
 
 
+_Name = tuple[type, int]
+"""What the outputs of one layer have in common: their views are made together and share a store."""
+_Layouts = tuple[Layout, Layout]
+"""Of a layer's keys and of its values; twice the same for both in one tensor."""
+
+
+def _name(output: Made | Grown) -> _Name:
+    return type(output), output.first if isinstance(output, Made) else output.past
+
+
+def _layouts(outputs: Sequence[Output]) -> dict[_Name, _Layouts]:
+    """Return the layouts in which each layer's views are made."""
+    layouts: dict[_Name, _Layouts] = {}
+    views = [output for output in outputs if not isinstance(output, Returned)]
+    for output in sorted(views, key=lambda output: output.kind == "pair"):  # both in one tensor decides
+        of_keys, of_values = layouts.get(_name(output), (STANDARD, STANDARD))
+        layouts[_name(output)] = (
+            of_keys if output.kind == "value" else output.layout,
+            of_values if output.kind == "key" else output.layout,
+        )
+    return layouts
+
+
 def _wrap(
     boundary: Boundary,
+    layouts: Mapping[_Name, _Layouts],
     results: Sequence[Any],
     stores: Sequence[LayerStore],
     before: Sequence[tuple[int, int]],
 ) -> tuple[Any, ...]:
-    made: dict[object, tuple[CompressedKV, CompressedKV]] = {}
+    made: dict[_Name, tuple[CompressedKV, CompressedKV]] = {}
     outputs: list[Any] = []
     for output in boundary.outputs:
         if isinstance(output, Returned):
             outputs.append(output.constant if output.index is None else results[output.index])
             continue
-        name = (type(output), output.first if isinstance(output, Made) else output.past)
-        pair = made.get(name)
-        if pair is None:
+        name = _name(output)
+        views = made.get(name)
+        if views is None:
             if isinstance(output, Made):
-                pair = _make(output, results, before)
+                views = _make(output, results, before, layouts[name])
             else:
-                pair = _grow(output, boundary, results, stores, before)
-            made[name] = pair
-        outputs.append(pair[0] if output.kind == "key" else pair[1])
+                views = _grow(output, boundary, results, stores, before, layouts[name])
+            made[name] = views
+        view = views[1] if output.kind == "value" else views[0]
+        if view.axes is not output.layout and view.axes != output.layout:
+            # The graph returns one tensor in several layouts, or one of a pair besides the pair.
+            view = make_view(view.store, output.kind, view.length, view.start, None, output.layout)
+        outputs.append(view)
     return tuple(outputs)
 
 
-def _make(output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]]) -> tuple[CompressedKV, CompressedKV]:
+def _make(
+    output: Made, results: Sequence[Any], before: Sequence[tuple[int, int]], layouts: _Layouts
+) -> tuple[CompressedKV, CompressedKV]:
     keys, values, offsets, positions = results[output.first : output.first + 4]
     length, start = (0, 0) if output.past is None else before[output.past]
     end = start + length + _number(output.tokens, results)
-    return wrap_prefill(keys, values, offsets, positions, end, _start(output.cached, results, start, length, end))
+    first = _start(output.cached, results, start, length, end)
+    return wrap_prefill(keys, values, offsets, positions, end, first, layouts)
 
 
 def _grow(
@@ -238,11 +275,12 @@ def _grow(
     results: Sequence[Any],
     stores: Sequence[LayerStore],
     before: Sequence[tuple[int, int]],
+    layouts: _Layouts,
 ) -> tuple[CompressedKV, CompressedKV]:
     length, start = before[output.past]
     end = start + length + boundary.pasts[output.past].appends
     first = _start(output.cached, results, start, length, end)
-    return wrap_grown(stores[output.past], end - first, first)
+    return wrap_grown(stores[output.past], end - first, first, layouts)
 
 
 def _start(cached: CachedLength, results: Sequence[Any], start: int, length: int, end: int) -> int:

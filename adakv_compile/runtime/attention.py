@@ -59,10 +59,19 @@ def attend(
 
 
 def densify(view: CompressedKV, fill: float) -> tuple[Tensor, Tensor]:
-    """Return the dense tensor ``[B, Hkv, L, D]`` and ``[B, Hkv, L]`` bool: which slots are held."""
+    """Return the dense tensor in the view's layout, and ``[B, Hkv, L]`` bool: which slots are held."""
+    store = view.store
+    keys, values = (store.keys, store.tail_keys), (store.values, store.tail_values)
+    if view.kind == "pair":
+        (dense_keys, held), (dense_values, _) = _scattered(view, *keys, fill), _scattered(view, *values, fill)
+        return view.axes.join_pair(dense_keys, dense_values), held
+    dense, held = _scattered(view, *(keys if view.kind == "key" else values), fill)
+    return view.axes.from_standard(dense), held
+
+
+def _scattered(view: CompressedKV, prefix: Tensor, tail: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """Return kept entries ``[B, N, D]`` and appended ones at their slots, ``[B, Hkv, L, D]``, and which are held."""
     store, start, length = view.store, view.start, view.length
-    is_key = view.kind == "key"
-    prefix, tail = (store.keys, store.tail_keys) if is_key else (store.values, store.tail_values)
     shape = (store.batch, store.num_kv_heads, length)
     dense = prefix.new_full((*shape, prefix.shape[2]), fill)
     held = torch.zeros(shape, dtype=torch.bool, device=prefix.device)

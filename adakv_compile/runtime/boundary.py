@@ -6,20 +6,21 @@ from torch import Tensor
 
 from adakv_compile.runtime.compressed import CompressedKV, make_view
 from adakv_compile.runtime.errors import CacheMismatchError
+from adakv_compile.runtime.layout import STANDARD, Layout
 from adakv_compile.runtime.store import LayerStore
 
 __all__ = ["join", "wrap_grown", "wrap_prefill"]
 
 
 def join(key: Tensor, value: Tensor, extra: int = 0) -> LayerStore:
-    """Return the store that holds exactly what a layer's two views show, with room for ``extra`` more tail entries.
+    """Return the store that holds exactly what a layer's views show, with room for ``extra`` more tail entries.
 
     The caller may append to it in place: it is the views' own store only when they are its newest views, otherwise a
     fork, so no other conversation is ever written to.
 
     Args:
-        key: The layer's cached keys, a :class:`CompressedKV`.
-        value: Its cached values.
+        key: The layer's cached keys, a :class:`CompressedKV`, or its one tensor of keys and values.
+        value: Its cached values, or the same tensor again.
         extra: Entries the caller is going to append.
 
     Raises:
@@ -46,7 +47,13 @@ def join(key: Tensor, value: Tensor, extra: int = 0) -> LayerStore:
 
 
 def wrap_prefill(
-    keys: Tensor, values: Tensor, offsets: Tensor, positions: Tensor, length: int, start: int = 0
+    keys: Tensor,
+    values: Tensor,
+    offsets: Tensor,
+    positions: Tensor,
+    length: int,
+    start: int = 0,
+    layouts: tuple[Layout, Layout] = (STANDARD, STANDARD),
 ) -> tuple[CompressedKV, CompressedKV]:
     """Return the key view and the value view of what an eviction kept.
 
@@ -57,20 +64,29 @@ def wrap_prefill(
         positions: ``[B, N]`` int32.
         length: Tokens seen so far, from position 0, whatever ``start`` is.
         start: Position of the views' first slot.
+        layouts: Of keys and values. If they are a pair's, both results are one view.
     """
     store = LayerStore.sealed(keys, values, offsets, positions, length)
-    return make_view(store, "key", length - start, start), make_view(store, "value", length - start, start)
+    return wrap_grown(store, length - start, start, layouts)
 
 
-def wrap_grown(store: LayerStore, length: int, start: int = 0) -> tuple[CompressedKV, CompressedKV]:
+def wrap_grown(
+    store: LayerStore, length: int, start: int = 0, layouts: tuple[Layout, Layout] = (STANDARD, STANDARD)
+) -> tuple[CompressedKV, CompressedKV]:
     """Return the views of a store after an append.
 
     Args:
         store: The store, its host mirror already advanced.
         length: Logical length of the views: slots from ``start`` on.
         start: Position of the views' first slot.
+        layouts: Of keys and values. If they are a pair's, both results are one view.
     """
-    return make_view(store, "key", length, start), make_view(store, "value", length, start)
+    of_keys, of_values = layouts
+    if of_keys is not STANDARD and of_keys.is_pair:
+        pair = make_view(store, "pair", length, start, None, of_keys)
+        return pair, pair
+    keys = make_view(store, "key", length, start, None, of_keys)
+    return keys, make_view(store, "value", length, start, None, of_values)
 
 
 def _join(key: Tensor, value: Tensor, extra: int) -> LayerStore:
@@ -79,6 +95,10 @@ def _join(key: Tensor, value: Tensor, extra: int) -> LayerStore:
     if type(key) is not CompressedKV or type(value) is not CompressedKV:
         raise _mismatch(key, value, "the heads were repeated before the call")
     store, value_store = key.store, value.store
+    if key.kind == value.kind == "pair" and key is value:
+        return _newest(key, value, store, None, None, extra)
+    if "pair" in (key.kind, value.kind):
+        raise _mismatch(key, value, "a tensor of keys and values goes with itself only")
     if key.kind != "key" or value.kind != "value":
         raise _mismatch(key, value, "keys and values were exchanged, or one was used twice")
     if (key.start, key.length) != (value.start, value.length):

@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 from adakv_compile.runtime.errors import CacheError, UnsupportedCacheOperation
+from adakv_compile.runtime.layout import STANDARD, Layout
 from adakv_compile.runtime.pending import Pending
 from adakv_compile.runtime.store import LayerStore
 
-__all__ = ["CompressedKV", "Kind", "make_view"]
+__all__ = ["CompressedKV", "Kind", "kept_positions", "make_view", "make_wrapper", "storeless"]
 
-Kind = Literal["key", "value"]
-
-_SEQUENCE_DIM: Final = 2
+Kind = Literal["key", "value", "pair"]
+"""A layer's keys, its values, or both in one tensor."""
 
 
 class CompressedKV(torch.Tensor):
-    """The keys or the values of one layer, as a tensor of their logical shape ``[B, Hkv, L, D]``.
+    """The keys or the values of one layer, or both, as a tensor of their logical shape: ``[B, Hkv, L, D]``.
+
+    Decoders that cache in another layout (``[B, L, H, D]``, ``[B * H, D, L]``, keys and values in one tensor) get that;
+    only the shape differs, never what is stored.
 
     It owns only what was kept: the rest of the logical tensor does not exist, and attention treats it as masked out.
     Everything computed from shapes (position ids, masks, ``get_seq_length``) is right as it is. Supported operations
     are what caches do: append by ``cat``, select or repeat batch rows, crop the newest tokens, drop the oldest, change
-    device or dtype, copy, and ``scaled_dot_product_attention``. Anything else raises
+    device or dtype, copy, change the layout, and ``scaled_dot_product_attention``. Anything else raises
     :class:`~adakv_compile.runtime.errors.UnsupportedCacheOperation`.
 
     The views of a layer share a :class:`~adakv_compile.runtime.store.LayerStore` and still behave as independent
@@ -34,21 +37,25 @@ class CompressedKV(torch.Tensor):
 
     Args:
         store: What the layer keeps.
-        kind: Which of its two tensors this is.
+        kind: Which of its two tensors this is, or that it is both.
         length: Logical length ``L`` in tokens; by default all tokens from ``start`` on.
         start: Position of logical slot 0; above 0 only for sliding-window layers, whose cache drops its oldest slots.
+        layout: What the dimensions are; that of a pair for both tensors.
 
     Attributes:
         anchor: An empty tensor of this dtype and device: what Dynamo sees inside.
-        kind: ``"key"`` or ``"value"``.
+        kind: ``"key"``, ``"value"`` or ``"pair"``.
         start: Position of logical slot 0.
         length: Logical length ``L``.
+        axes: The layout, as ``layout`` means something else in PyTorch; the one object ``STANDARD`` for
+            ``[B, Hkv, L, D]``.
     """
 
     anchor: Tensor
     kind: Kind
     start: int
     length: int
+    axes: Layout = STANDARD
     # Internal; read `store` and `pending`, which know where waiting entries went in the meantime.
     backing: LayerStore | None = None
     waiting: Pending | None = None
@@ -56,12 +63,18 @@ class CompressedKV(torch.Tensor):
     # Opted out, else Dynamo traces __torch_function__ for every use of the cache.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType, reportPrivateUsage]
 
-    def __new__(cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0) -> CompressedKV:
+    def __new__(
+        cls, store: LayerStore, kind: Kind, length: int | None = None, start: int = 0, layout: Layout = STANDARD
+    ) -> CompressedKV:
         """Return a view of ``store``; see the class."""
         length = store.length - start if length is None else length
-        if kind not in ("key", "value") or start < 0 or not store.prefix_length <= start + length <= store.length:
-            raise ValueError(f"{kind!r} of {length} tokens from position {start} on is not a view of {store!r}")
-        return make_view(store, kind, length, start)
+        fits = layout.is_pair == (kind == "pair") and (kind != "pair" or store.key_dim == store.value_dim)
+        known = kind in ("key", "value", "pair") and fits
+        if not known or start < 0 or not store.prefix_length <= start + length <= store.length:
+            raise ValueError(
+                f"{kind!r} of {length} tokens from position {start} on, as {layout}, is not a view of {store!r}"
+            )
+        return make_view(store, kind, length, start, layout=layout)
 
     # What a user may ask
 
@@ -91,7 +104,7 @@ class CompressedKV(torch.Tensor):
 
     @property
     def pending(self) -> Tensor | None:
-        """``[B, Hkv, T, D]`` entries appended in eager mode and not yet in the store, or None."""
+        """``[B, Hkv, T, D]`` entries appended in eager mode and not yet in the store, or None; a pair has none."""
         base = self.store.prefix_length  # settles what was written meanwhile
         if self.waiting is None:
             return None
@@ -127,6 +140,8 @@ class CompressedKV(torch.Tensor):
     def nbytes_held(self) -> int:
         """Bytes of this tensor's own entries, tail allocation included, plus half of what K and V share."""
         store = self.store
+        if self.kind == "pair":
+            return store.nbytes_held
         own = (store.keys, store.tail_keys) if self.kind == "key" else (store.values, store.tail_values)
         waiting = 0 if self.waiting is None else self.waiting.entries.nbytes
         return own[0].nbytes + own[1].nbytes + store.bookkeeping_bytes // 2 + waiting
@@ -137,7 +152,7 @@ class CompressedKV(torch.Tensor):
         return self.numel() * self.itemsize
 
     def dense(self, fill: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Return the dense tensor ``[B, Hkv, L, D]`` and ``[B, Hkv, L]`` bool: which slots are held.
+        """Return the dense tensor, in this layout, and ``[B, Hkv, L]`` bool: which slots are held.
 
         Args:
             fill: What stands in the slots that were evicted.
@@ -152,7 +167,8 @@ class CompressedKV(torch.Tensor):
             return f"CompressedKV({shape}, no entries)"
         store = self.store
         kept = f"kept={store.keys.shape[1]}, appended={self.start + self.length - store.prefix_length}"
-        return f"CompressedKV({self.kind}, {shape}, start={self.start}, {kept})"
+        layout = "" if self.axes is STANDARD else f"layout={self.axes}, "
+        return f"CompressedKV({self.kind}, {shape}, {layout}start={self.start}, {kept})"
 
     # Ways around __torch_dispatch__ to memory that doesn't exist
 
@@ -190,31 +206,32 @@ class CompressedKV(torch.Tensor):
     def like(self, store: LayerStore, pending: Tensor | None) -> CompressedKV:
         """Return this view over another store with the same positions, and other pending entries."""
         waiting = None if pending is None else Pending(pending, self.tail_length)
-        return make_view(store, self.kind, self.length, self.start, waiting)
+        return make_view(store, self.kind, self.length, self.start, waiting, self.axes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKV:
         if id(self) in memo:
             return memo[id(self)]
         store = copy.deepcopy(self.store, memo)
         pending = copy.deepcopy(self.waiting, memo)
-        copied = make_view(store, self.kind, self.length, self.start, pending)
+        copied = make_view(store, self.kind, self.length, self.start, pending, self.axes)
         memo[id(self)] = copied
         return copied
 
     def __reduce_ex__(self, protocol: object) -> tuple[Callable[..., CompressedKV], tuple[Any, ...]]:
         store, pending = self.store, self.pending
-        return _unpickle, (store, self.kind, self.length, self.start, pending, self.tail_length)
+        return _unpickle, (store, self.kind, self.length, self.start, pending, self.tail_length, self.axes.dims)
 
     # Dynamo's protocol for tensor subclasses
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["anchor"], None
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, ...]]:
+        # Guarded: a graph is made for one layout. Plain strings, which a step compares for every view.
+        return ["anchor"], self.axes.dims
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: dict[str, Tensor], context: None, outer_size: Any, outer_stride: Any
+        inner: dict[str, Tensor], context: tuple[str, ...], outer_size: Any, outer_stride: Any
     ) -> CompressedKV:
-        return storeless(inner["anchor"], outer_size)
+        return storeless(inner["anchor"], outer_size, _layout(context))
 
     @classmethod
     def __torch_dispatch__(
@@ -229,34 +246,44 @@ make_wrapper: Final[Callable[..., Any]] = torch.Tensor._make_wrapper_subclass  #
 
 
 def make_view(
-    store: LayerStore, kind: Kind, length: int, start: int = 0, pending: Pending | None = None
+    store: LayerStore,
+    kind: Kind,
+    length: int,
+    start: int = 0,
+    pending: Pending | None = None,
+    layout: Layout = STANDARD,
 ) -> CompressedKV:
     """Return a view of ``store``; a decode step of a 32-layer model makes 64 of these, so nothing is checked."""
     anchor = store.anchor
-    shape = (
-        store.batch,
-        store.num_kv_heads,
-        length,
-        store.key_dim if kind == "key" else store.value_dim,
-    )
+    dim = store.value_dim if kind == "value" else store.key_dim
+    if layout is STANDARD:
+        shape = (store.batch, store.num_kv_heads, length, dim)
+        grows = 2
+    else:
+        shape = layout.shape(store.batch, store.num_kv_heads, length, dim)
+        grows = layout.sequence_dim
     view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
     view.backing = store
     view.kind = kind
     view.start = start
     view.length = length
-    # What torch._dynamo.maybe_mark_dynamic(view, 2) writes: one graph serves all lengths from the first one on.
-    view._dynamo_weak_dynamic_indices = {_SEQUENCE_DIM}
+    # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on.
+    view._dynamo_weak_dynamic_indices = {grows}
     view._has_dynamo_dim_marking = True
+    if layout is not STANDARD:
+        view.axes = STANDARD if layout == STANDARD else layout
     if pending is not None:
         view.waiting = pending
     return view
 
 
-def storeless(anchor: Tensor, shape: Any) -> CompressedKV:
+def storeless(anchor: Tensor, shape: Any, layout: Layout = STANDARD) -> CompressedKV:
     """Return a view of nothing, which has a shape, a dtype and a device: what a compiler traces with."""
     view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
+    if layout is not STANDARD:
+        view.axes = layout
     return view
 
 
@@ -273,6 +300,18 @@ def kept_positions(store: LayerStore) -> tuple[Tensor, Tensor]:
 
 
 def _unpickle(
-    store: LayerStore, kind: Kind, length: int, start: int, pending: Tensor | None, base: int
+    store: LayerStore,
+    kind: Kind,
+    length: int,
+    start: int,
+    pending: Tensor | None,
+    base: int,
+    dims: tuple[str, ...] = STANDARD.dims,
 ) -> CompressedKV:
-    return make_view(store, kind, length, start, None if pending is None else Pending(pending, base))
+    waiting = None if pending is None else Pending(pending, base)
+    return make_view(store, kind, length, start, waiting, _layout(dims))
+
+
+def _layout(dims: tuple[str, ...]) -> Layout:
+    """Return the layout of these dimensions, the usual one as the one object that views are compared with."""
+    return STANDARD if dims == STANDARD.dims else Layout(dims)

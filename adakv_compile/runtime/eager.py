@@ -12,6 +12,7 @@ from torch import Tensor
 from adakv_compile.runtime.attention import attend
 from adakv_compile.runtime.compressed import CompressedKV, make_view, storeless
 from adakv_compile.runtime.errors import CacheMismatchError, CropError, UnsupportedCacheOperation
+from adakv_compile.runtime.layout import STANDARD
 from adakv_compile.runtime.pending import Pending
 from adakv_compile.runtime.repeated import (
     RepeatedKV,
@@ -40,6 +41,8 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if any(type(view.anchor) is not Tensor for view in views):
         return _traced(func, args, kwargs)
     first = args[0] if args else None
+    if func not in _ANY_LAYOUT and any(view.axes is not STANDARD for view in views):
+        raise _unsupported(func, views[0])
     if func in _ATTENTION:
         return _attention(func, args, kwargs)
     handler = (_ON_REPEATED if isinstance(first, RepeatedKV) else _ON_VIEW).get(func)
@@ -71,7 +74,7 @@ def _traced(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
     first = args[0]
     if func in (aten.detach.default, aten.alias.default):
-        return storeless(first.anchor, first.shape)
+        return storeless(first.anchor, first.shape, first.axes)
 
     def dense(value: Any) -> Any:
         if isinstance(value, CompressedKV):
@@ -135,7 +138,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def _same(self: CompressedKV, **_: Any) -> CompressedKV:
-    return make_view(self.store, self.kind, self.shape[2], self.start, self.waiting)
+    return make_view(self.store, self.kind, self.length, self.start, self.waiting, self.axes)
 
 
 def _to_copy(
@@ -161,7 +164,7 @@ def _to_copy(
 
 def _zero(self: CompressedKV) -> CompressedKV:
     # A cache is zeroed to be used again from the beginning. Zero keys would still get attention; no entries get none.
-    self.backing, self.waiting = self.store.emptied(self.start + self.shape[2]), None
+    self.backing, self.waiting = self.store.emptied(self.start + self.length), None
     return self
 
 
@@ -293,6 +296,10 @@ _ATTENTION: Final = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_fused_attention_overrideable.default,
     }
+)
+
+_ANY_LAYOUT: Final = frozenset(
+    {aten._to_copy.default, aten.alias.default, aten.clone.default, aten.detach.default, aten.zero_.default}
 )
 
 _ON_VIEW: Final[Mapping[Any, Handler]] = {

@@ -132,11 +132,15 @@ def cache_stats(obj: object) -> CacheStats:
 def _layer(key: Tensor | None, value: Tensor | None) -> LayerStats:
     tensors = [tensor for tensor in (key, value) if tensor is not None]
     first = tensors[0]
+    if isinstance(first, CompressedKV):
+        views = [view for view in tensors if isinstance(view, CompressedKV)]
+        # A pair stands in for the keys and for the values, each time with half of what it holds.
+        shares = [2 if view.kind == "pair" else 1 for view in views]
+        held = sum(view.nbytes_held // share for view, share in zip(views, shares, strict=True))
+        dense = sum(view.nbytes_dense // share for view, share in zip(views, shares, strict=True))
+        return LayerStats(first.head_lengths.cpu(), max(view.length for view in views), held, dense, compressed=True)
     length = max(tensor.shape[2] for tensor in tensors)
     dense = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    if isinstance(first, CompressedKV):
-        held = sum(view.nbytes_held for view in tensors if isinstance(view, CompressedKV))
-        return LayerStats(first.head_lengths.cpu(), length, held, dense, compressed=True)
     lengths = torch.full(first.shape[:2], length, dtype=torch.int64)
     return LayerStats(lengths, length, dense, dense, compressed=False)
 
@@ -193,11 +197,14 @@ def _add_view(found: dict[tuple[int, ...], _Pair], view: CompressedKV) -> None:
     name = (id(view.store),)
     key, value = found.get(name, (None, None))
     # Views of several lengths can share a store, and then share its memory: the longest stands for all.
-    if view.kind == "key":
-        key = view if key is None or view.shape[2] > key.shape[2] else key
-    else:
-        value = view if value is None or view.shape[2] > value.shape[2] else value
-    found[name] = (key, value)
+    found[name] = (
+        key if view.kind == "value" else _longest(key, view),
+        value if view.kind == "key" else _longest(value, view),
+    )
+
+
+def _longest(known: Tensor | None, view: CompressedKV) -> CompressedKV:
+    return known if isinstance(known, CompressedKV) and known.length >= view.length else view
 
 
 def _children(item: object) -> dict[object, object]:

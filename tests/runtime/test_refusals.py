@@ -14,6 +14,7 @@ from adakv_compile.errors import AdaKVError
 from adakv_compile.runtime.boundary import join, wrap_grown
 from adakv_compile.runtime.compressed import CompressedKV
 from adakv_compile.runtime.errors import CacheError, CacheMismatchError, CropError, UnsupportedCacheOperation
+from adakv_compile.runtime.layout import STANDARD
 from tests.runtime.dense import conversation, random_entries
 
 REFUSED: dict[str, Callable[[CompressedKV], object]] = {
@@ -247,7 +248,7 @@ def test_other_backends_are_refused_and_never_run_on_nothing(use: Callable[[torc
 
 
 def test_a_view_without_entries_says_so() -> None:
-    empty = CompressedKV.__tensor_unflatten__({"anchor": torch.empty(0)}, None, (1, 2, 3, 4), None)
+    empty = CompressedKV.__tensor_unflatten__({"anchor": torch.empty(0)}, STANDARD.dims, (1, 2, 3, 4), None)
     assert "no entries" in repr(empty)
     for use in (lambda: empty.head_lengths, lambda: empty.dense(), lambda: empty[:, :, 1:], lambda: join(empty, empty)):
         with pytest.raises(CacheError, match="holds no entries"):
