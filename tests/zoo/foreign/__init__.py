@@ -1,6 +1,23 @@
 """Decoders that no library wrote, in the styles found in the wild: each its own file, its cache as its style has it."""
 
-from tests.zoo.foreign import alibi, blhd, capped, einsum, meta, nano, packed, sinks, static
+from tests.zoo.foreign import (
+    alibi,
+    blhd,
+    capped,
+    cross,
+    differential,
+    einsum,
+    flex,
+    late_rotary,
+    meta,
+    mha,
+    nano,
+    orders,
+    packed,
+    sinks,
+    static,
+    t5bias,
+)
 from tests.zoo.subject import Subject
 
 __all__ = ["FOREIGN"]
@@ -18,6 +35,16 @@ FOREIGN: dict[str, Subject] = {
         sinks.SUBJECT,
         packed.SIDE_BY_SIDE,
         packed.STACKED,
+        late_rotary.SUBJECT,
+        t5bias.SUBJECT,
+        differential.SUBJECT,
+        mha.SUBJECT,
+        cross.SUBJECT,
+        flex.SUBJECT,
+        orders.SCALED_MASK,
+        orders.VALUE_FIRST,
+        orders.GROUPED,
+        orders.MERGED,
     )
 }
 """Every decoder by its name."""
