@@ -10,12 +10,26 @@ from torch import fx
 
 from adakv_compile import _torch
 from adakv_compile.runtime.compressed import CompressedKV
+from adakv_compile.runtime.layout import Layout
 
-__all__ = ["CaptureError", "Program", "capture"]
+__all__ = ["CaptureError", "Program", "Spelled", "capture"]
 
 
 class CaptureError(Exception):
     """The graph can't be captured; it is left alone."""
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """An attention that the model writes out.
+
+    Attributes:
+        result: What the readers of ``original`` got instead: the operator's result in the same shape and dtype.
+        original: What the model computes.
+    """
+
+    result: fx.Node
+    original: fx.Node
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Program:
         module: Functional pre-dispatch ATen; ``node.meta["val"]`` holds fake tensors.
         inputs: The placeholders, in the order of the example inputs.
         compressed: The placeholders whose example input is a ``CompressedKV``; in the graph they are dense.
+        layouts: The layouts of those.
         outputs: The values the user's code gets back, in order.
         mutated: For every input that the user's code changes in place, the placeholder and its final value.
         fake_mode: The mode all fakes live in.
@@ -36,10 +51,11 @@ class Program:
     module: fx.GraphModule
     inputs: tuple[fx.Node, ...]
     compressed: frozenset[fx.Node]
+    layouts: Mapping[fx.Node, Layout]
     outputs: tuple[object, ...]
     mutated: tuple[tuple[fx.Node, fx.Node], ...]
     fake_mode: _torch.FakeTensorMode
-    spelled: Mapping[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    spelled: Mapping[fx.Node, Spelled] = field(default_factory=dict[fx.Node, Spelled])
     superseded: frozenset[fx.Node] = frozenset()
 
 
@@ -71,12 +87,16 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
     (returned,) = next(iter(graph.find_nodes(op="output"))).args
     assert isinstance(returned, (tuple, list))
     changed = tuple((by_name[source], by_name[value]) for value, source in mutated.items())
+    layouts = {
+        node: example.axes
+        for node, example in zip(inputs, example_inputs, strict=True)
+        if isinstance(example, CompressedKV)
+    }
     return Program(
         module=module,
         inputs=inputs,
-        compressed=frozenset(
-            node for node, example in zip(inputs, example_inputs, strict=True) if isinstance(example, CompressedKV)
-        ),
+        compressed=frozenset(layouts),
+        layouts=layouts,
         outputs=tuple(returned[len(mutated) :]),
         mutated=changed,
         fake_mode=fake_mode,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from adakv_compile.kernels import compact, decode_attention, extend, observe, prefill_attention, select
+from adakv_compile.kernels import attention, compact, decode_attention, extend, observe, prefill_attention, select
 from adakv_compile.kernels._registration import KERNELS, Kernels, OpSpec
 from adakv_compile.kernels._support import Subject, why_unsupported
 
@@ -19,6 +19,7 @@ __all__ = [
     "Kernels",
     "OpSpec",
     "Subject",
+    "attention",
     "compact",
     "decode_attention",
     "extend",
@@ -35,5 +36,6 @@ SPECS: Final[tuple[OpSpec, ...]] = (
     decode_attention.SPEC,
     extend.SPEC,
     prefill_attention.SPEC,
+    attention.SPEC,
 )
 """Every op of the dialect."""

@@ -1,8 +1,9 @@
-"""Find every scaled dot-product attention and the keys and values it really reads, before they are repeated for GQA."""
+"""Find every attention and the keys and values it really reads, before they are repeated or brought into its layout."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,27 +11,64 @@ import torch
 from torch import fx
 
 from adakv_compile.capture import Program
-from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, source_line, static_int
-from adakv_compile.passes.normalise import SOFTMAXES, why_not_attention
+from adakv_compile.kernels import attention
+from adakv_compile.passes.axes import Axes, Dims, Step, climb
+from adakv_compile.passes.emit import Order
+from adakv_compile.passes.nodes import arg, shape_of, skip_no_ops, source_line, static_int
+from adakv_compile.passes.normalise import why_not_attention
+from adakv_compile.passes.products import PRODUCTS
+from adakv_compile.passes.spelled import SOFTMAXES
 from adakv_compile.report import Reason, Refusal
 
 __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 
 aten = torch.ops.aten
-_PRODUCTS: Final = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+
 _PASSED_ON: Final = (
     aten._to_copy.default,
     aten.dropout.default,
     aten.expand.default,
     aten.view.default,
     aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
     # What attention sinks, differential attention and the like do to their weights.
     aten.slice.Tensor,
     aten.mul.Tensor,
     aten.sub.Tensor,
     aten.pow.Tensor_Scalar,
 )
-_VIEWS: Final = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The keys or the values of an attention.
+
+    Attributes:
+        steps: The attention's operand and what it is a view of, upwards.
+        axes: The axes that their dimensions are written in.
+        batch: Those of the batch.
+        heads: Those of the KV heads.
+        column: Those of the sequence.
+        inner: Those of the head dimension.
+    """
+
+    steps: tuple[Step, ...]
+    axes: Axes
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    column: tuple[str, ...]
+    inner: tuple[str, ...]
+
+    @property
+    def order(self) -> Order:
+        """The dimensions as the operators take them, ``[B, Hkv, L, D]``."""
+        return (self.batch, self.heads, self.column, self.inner)
+
+    @property
+    def head_dim(self) -> int | torch.SymInt:
+        """The head dimension."""
+        return self.axes.size(self.inner)
 
 
 @dataclass(frozen=True)
@@ -40,20 +78,24 @@ class AttentionSite:
     Attributes:
         node: The attention in the graph.
         query: ``[B, Hq, T, Dk]``.
-        key: ``[B, Hkv, L, Dk]``, not repeated.
-        value: ``[B, Hkv, L, Dv]``, not repeated.
+        keys: The keys.
+        values: The values.
         mask: Boolean or additive mask, broadcastable to ``[B, Hq, T, L]``, or ``None``.
+        sinks: ``[Hq]`` logits without values, or ``None``.
         is_causal: The operator's own causal flag (aligned at the first query and the first key).
         scale: Factor on the logits.
+        softcap: Cap of the logits, or ``None``.
     """
 
     node: fx.Node
     query: fx.Node
-    key: fx.Node
-    value: fx.Node
+    keys: Operand
+    values: Operand
     mask: fx.Node | None
+    sinks: fx.Node | None
     is_causal: bool
     scale: float
+    softcap: float | None
 
     @property
     def num_heads(self) -> int:
@@ -63,7 +105,22 @@ class AttentionSite:
     @property
     def num_kv_heads(self) -> int:
         """Heads of the cache."""
-        return int(shape_of(self.key)[1])
+        return int(self.keys.axes.size(self.keys.heads))
+
+    @property
+    def key_dim(self) -> int | torch.SymInt:
+        """Head dimension of the keys."""
+        return self.keys.head_dim
+
+    @property
+    def value_dim(self) -> int | torch.SymInt:
+        """Head dimension of the values."""
+        return self.values.head_dim
+
+    @property
+    def batch_size(self) -> int | torch.SymInt:
+        """Rows of the batch."""
+        return shape_of(self.query)[0]
 
     @property
     def query_length(self) -> int | torch.SymInt:
@@ -73,7 +130,20 @@ class AttentionSite:
     @property
     def key_length(self) -> int | torch.SymInt:
         """Entries attended to."""
-        return shape_of(self.key)[2]
+        return self.keys.axes.size(self.keys.column)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether any scaled dot-product attention computes it."""
+        return self.softcap is None and self.sinks is None
+
+    def operand(self, which: str) -> Operand:
+        """Return the keys or the values.
+
+        Args:
+            which: ``"key"`` or ``"value"``.
+        """
+        return self.keys if which == "key" else self.values
 
 
 @dataclass(frozen=True)
@@ -92,7 +162,7 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
     """
     found: list[AttentionSite | Unsupported] = []
     for node in program.module.graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
+        if node.target in (aten.scaled_dot_product_attention.default, attention.SPEC.overload):
             found.append(_understand(node))
         elif node.target in SOFTMAXES and node not in program.superseded and _is_weights(node):
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
@@ -104,7 +174,7 @@ def _is_weights(softmax: fx.Node) -> bool:
     pending = list(softmax.users)
     while pending:
         user = pending.pop()
-        if user.target in _PRODUCTS:
+        if user.target in PRODUCTS:
             return True
         if skip_no_ops(user) is softmax or user.target in _PASSED_ON:
             pending.extend(user.users)
@@ -112,59 +182,68 @@ def _is_weights(softmax: fx.Node) -> bool:
 
 
 def _understand(node: fx.Node) -> AttentionSite | Unsupported:
-    query, key, value = node.args[:3]
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
-    if arg(node, 4, "dropout_p", 0.0) != 0.0:
+    operands = node.args[:3]
+    query, key, value = (operand for operand in operands if isinstance(operand, fx.Node))
+    if arg(node, 4, "dropout_p", 0.0) != 0.0 and node.target is not attention.SPEC.overload:
         return Unsupported(node, Refusal(Reason.DROPOUT, f"dropout_p={arg(node, 4, 'dropout_p')}"))
-    key, value = _before_repeat(key), _before_repeat(value)
     shapes = [shape_of(operand) for operand in (query, key, value)]
-    heads = [static_int(shape[1]) if len(shape) == 4 else None for shape in shapes]
-    num_heads, num_kv_heads, num_value_heads = heads
-    if num_heads is None or num_kv_heads is None or num_kv_heads != num_value_heads or num_heads % num_kv_heads:
+    heads = _heads(shapes)
+    if heads is None:
         return Unsupported(node, Refusal(Reason.HEADS, f"query {shapes[0]}, key {shapes[1]}, value {shapes[2]}"))
-    mask = arg(node, 3, "attn_mask")
+    keys, values = _operand(key, *heads), _operand(value, *heads)
+    if keys is None or values is None or keys.axes.size(keys.heads) != values.axes.size(values.heads):
+        return Unsupported(node, Refusal(Reason.HEADS, "keys and values are repeated in another order than by groups"))
+    marked = node.target is attention.SPEC.overload
+    mask = node.args[3] if marked else arg(node, 3, "attn_mask")
+    sinks = node.args[4] if marked else None
     scale = arg(node, 6, "scale")
     head_dim = static_int(shapes[0][3])
     if head_dim is None or not (scale is None or isinstance(scale, (int, float))):
         return Unsupported(node, Refusal(Reason.HEADS, f"head dimension {shapes[0][3]}, scale {scale}"))
+    softcap = node.args[7] if marked else None
     return AttentionSite(
         node=node,
         query=query,
-        key=key,
-        value=value,
+        keys=keys,
+        values=values,
         mask=mask if isinstance(mask, fx.Node) else None,
+        sinks=sinks if isinstance(sinks, fx.Node) else None,
         is_causal=bool(arg(node, 5, "is_causal", False)),
         scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        softcap=float(softcap) if isinstance(softcap, (int, float)) else None,
     )
 
 
-def _before_repeat(node: fx.Node) -> fx.Node:
-    """Return the tensor that was repeated for grouped queries, or the node itself, without no-ops."""
-    node = skip_no_ops(node)
-    if node.target is aten.repeat_interleave.self_int and arg(node, 2, "dim") in (1, -3):
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return skip_no_ops(source)
-    if node.target not in _VIEWS or len(shape_of(node)) != 4:
-        return node
-    # [B, Hkv, L, D] -> unsqueeze -> [B, Hkv, 1, L, D] -> expand -> [B, Hkv, G, L, D] -> view -> [B, Hkv * G, L, D]
-    grouped = node.args[0]
-    assert isinstance(grouped, fx.Node)
-    grouped = skip_no_ops(grouped)
-    if grouped.target is not aten.expand.default:
-        return node
-    single = grouped.args[0]
-    assert isinstance(single, fx.Node)
-    single = skip_no_ops(single)
-    if single.target is not aten.unsqueeze.default or single.args[1] not in (2, -3):
-        return node
-    source = single.args[0]
-    assert isinstance(source, fx.Node)
-    wide, narrow, final = shape_of(grouped), shape_of(source), shape_of(node)
-    if len(narrow) != 4 or len(wide) != 5:
-        return node
-    kept = all(same_size(a, b) for a, b in zip((*wide[:2], *wide[3:]), narrow, strict=True))
-    merged = same_size(final[1], wide[1] * wide[2]) and same_size(final[2], wide[3]) and same_size(final[3], wide[4])
-    return skip_no_ops(source) if kept and merged else node
+def _names(axes: Axes, dims: Dims) -> frozenset[str]:
+    return frozenset(axis for dim in axes.resolve(dims) for axis in dim)
+
+
+def _heads(shapes: Sequence[Sequence[int | torch.SymInt]]) -> tuple[int, int] | None:
+    """Return the number of query heads and of heads of the operands; ``None`` if they don't fit."""
+    if any(len(shape) != 4 for shape in shapes):
+        return None
+    heads, key_heads, value_heads = (static_int(shape[1]) for shape in shapes)
+    if heads is None or key_heads is None or key_heads != value_heads or heads % key_heads:
+        return None
+    return heads, key_heads
+
+
+def _operand(node: fx.Node, num_heads: int, num_given: int) -> Operand | None:
+    """Follow keys or values up; ``None`` if their heads are not repeated one by one."""
+    axes = Axes()
+    sizes = (shape_of(node)[0], num_heads, *shape_of(node)[2:])
+    names = ("batch", "heads", "column", "inner")
+    for name, size in zip(names, sizes, strict=True):
+        axes.add(name, size)
+    given = ("heads",)
+    if num_given != num_heads:
+        pieces = axes.carve(given, (num_given, num_heads // num_given))
+        assert pieces is not None  # a product of two numbers divides
+        given = pieces[0]
+    steps = tuple(climb(axes, node, (("batch",), given, ("column",), ("inner",))))
+    every, held = axes.flat(("heads",)), _names(axes, steps[-1].dims)
+    heads = tuple(axis for axis in every if axis in held)
+    if heads != every[: len(heads)]:
+        return None
+    batch, _, column, inner = (axes.flat((name,)) for name in names)
+    return Operand(steps, axes, batch, heads, column, inner)

@@ -2,41 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
 from adakv_compile.capture import Program
-from adakv_compile.passes.attention import AttentionSite
-from adakv_compile.passes.nodes import arg, shape_of, skip_no_ops
+from adakv_compile.passes.attention import AttentionSite, Operand
+from adakv_compile.passes.axes import Axes, Dims, Step, climb
+from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, static_int
 from adakv_compile.report import Reason, Refusal
+from adakv_compile.runtime.layout import Layout
 
-__all__ = ["CacheUpdate", "find_cache_update"]
+__all__ = ["CacheUpdate", "find_cache_update", "readers_of"]
 
 aten = torch.ops.aten
-_SEQUENCE_DIM = 2
+
+_TRANSPARENT = (
+    aten.transpose.int,
+    aten.permute.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
 
 
 @dataclass(frozen=True)
 class CacheUpdate:
-    """One tensor's update, ``whole = cat([past, new], dim=2)``, and what the caller keeps of it.
+    """One tensor's update, ``whole = cat([past, new])`` along the sequence, and what the caller keeps of it.
 
     Attributes:
         past: The cache as it came in, a placeholder, or ``None`` in the first call of a conversation.
         compressed: Whether ``past`` is a ``CompressedKV``.
-        new: Entries of this call, ``[B, Hkv, T, D]``.
-        whole: What attention reads, ``[B, Hkv, L, D]``.
+        new: Entries of this call, or ``None`` if the attention reads a cache that already holds them.
+        whole: What attention reads, perhaps in another layout.
+        dims: Dimensions of ``new``, ``whole`` and ``cached``, in the axes of the attention.
         cached: What the caller keeps: ``whole``, or its newest entries in a sliding-window layer.
         slots: The outputs in which the caller gets ``cached``.
+        layout: Their layout, and that of ``past``.
+        pair: Whether they hold the keys and the values.
     """
 
     past: fx.Node | None
     compressed: bool
-    new: fx.Node
+    new: fx.Node | None
     whole: fx.Node
+    dims: Dims
     cached: fx.Node
     slots: tuple[int, ...]
+    layout: Layout
+    pair: bool
 
     @property
     def is_sliding(self) -> bool:
@@ -46,7 +69,32 @@ class CacheUpdate:
     @property
     def cached_length(self) -> int | torch.SymInt:
         """Logical length of the cache after the call."""
-        return shape_of(self.cached)[_SEQUENCE_DIM]
+        return shape_of(self.cached)[self.sequence_dim]
+
+    @property
+    def new_length(self) -> int | torch.SymInt:
+        """Entries of this call."""
+        return 0 if self.new is None else shape_of(self.new)[self.sequence_dim]
+
+    @property
+    def past_length(self) -> int | torch.SymInt:
+        """Logical length of the cache before the call."""
+        return 0 if self.past is None else shape_of(self.past)[self.layout.sequence_dim]
+
+    @property
+    def sequence_dim(self) -> int:
+        """The dimension of ``new``, ``whole`` and ``cached`` that grows."""
+        return next(i for i, dim in enumerate(self.dims) if "column" in dim)
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """An output that holds a cache."""
+
+    slot: int
+    cached: fx.Node
+    whole: fx.Node
+    dims: Dims
 
 
 def find_cache_update(program: Program, site: AttentionSite, which: str) -> CacheUpdate | Refusal:
@@ -57,82 +105,202 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
         site: The attention.
         which: ``"key"`` or ``"value"``.
     """
-    whole = site.key if which == "key" else site.value
-    past, new, refusal = _split(whole, which)
-    if refusal is not None:
-        return refusal
-    slots, cached = _slots(program, whole)
-    if past is not None and past.op != "placeholder":
+    operand = site.operand(which)
+    steps, axes = operand.steps, operand.axes
+    top = Step(steps[-1].node, axes.resolve(steps[-1].dims), steps[-1].whole)
+    if top.node in program.compressed:
+        return _read_only(program, operand, which, top)
+    split = _split(axes, top, which)
+    if isinstance(split, Refusal):
+        return split
+    targets = {top.node: top.dims} if split is not None else {step.node: axes.resolve(step.dims) for step in steps}
+    found = _returned(program, axes, targets)
+    past, new = (None, None) if split is None else split
+    source = None if past is None else _source_of(axes, past, top.dims)
+    if past is not None and (source is None or source.node.op != "placeholder"):
         return Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated to a computed value, {past.name}")
-    if not slots:
-        if past is None or past not in program.compressed:
-            if _is_returned_in_disguise(program, site, whole):
+    compressed = source is not None and source.node in program.compressed
+    if not found:
+        if not compressed:
+            if _is_returned_in_disguise(program, site, which):
                 return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in another form than attention reads")
             return Refusal(Reason.NO_CACHE, f"{which}s")
         return Refusal(Reason.CACHE_FORM, f"the compressed {which}s are extended but not returned")
-    strangers = _strangers(program, site, whole, cached, past)
-    if strangers:
-        return Refusal(Reason.CACHE_CONSUMER, f"{which}s read by {', '.join(strangers)}")
+    first = found[0]
+    dims = axes.resolve(targets[first.whole])
+    layouts = {_layout(operand, returned.dims) for returned in found}
+    if source is not None:
+        layouts.add(_layout(operand, source.dims))
+    layout = layouts.pop()
+    if layout is None or layouts:
+        return Refusal(Reason.CACHE_FORM, f"the layout of the cached {which}s is not understood")
+    if len({returned.cached for returned in found}) > 1:
+        return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in several forms")
+    if source is not None and compressed and program.layouts[source.node] != layout:
+        return Refusal(Reason.CACHE_FORM, f"the {which}s come in as {program.layouts[source.node]}, not {layout}")
     return CacheUpdate(
-        past=past,
-        compressed=past is not None and past in program.compressed,
-        new=new,
-        whole=whole,
-        cached=cached,
-        slots=slots,
+        past=None if source is None else source.node,
+        compressed=compressed,
+        new=first.whole if new is None else new,
+        whole=first.whole,
+        dims=dims,
+        cached=first.cached,
+        slots=tuple(returned.slot for returned in found),
+        layout=layout,
+        pair=layout.is_pair,
     )
 
 
-def _split(whole: fx.Node, which: str) -> tuple[fx.Node | None, fx.Node, Refusal | None]:
-    """Split ``cat([past, new])``; a tensor that is no concatenation is all new."""
-    if whole.target is not aten.cat.default:
-        return None, whole, None
-    parts = whole.args[0]
-    assert isinstance(parts, (list, tuple))
-    nodes = [part for part in parts if isinstance(part, fx.Node) and not _is_empty(part)]
-    if arg(whole, 1, "dim", 0) not in (_SEQUENCE_DIM, _SEQUENCE_DIM - 4):
+def _read_only(program: Program, operand: Operand, which: str, top: Step) -> CacheUpdate | Refusal:
+    """Describe an attention to a compressed cache that nothing is added to."""
+    layout = program.layouts[top.node]
+    if _layout(operand, top.dims) != layout:
+        return Refusal(Reason.CACHE_FORM, f"the {which}s come in as {layout} and are read in another way")
+    slots = tuple(slot for slot, output in enumerate(program.outputs) if output is top.node)
+    return CacheUpdate(
+        past=top.node,
+        compressed=True,
+        new=None,
+        whole=top.node,
+        dims=top.dims,
+        cached=top.node,
+        slots=slots,
+        layout=layout,
+        pair=layout.is_pair,
+    )
+
+
+def _split(axes: Axes, whole: Step, which: str) -> tuple[fx.Node | None, fx.Node] | Refusal | None:
+    """Split ``cat([past, new])``; ``None`` if it is no concatenation along the sequence."""
+    if whole.node.target is not aten.cat.default:
+        return None
+    parts = cast("list[fx.Node]", whole.node.args[0])
+    nodes = [part for part in parts if not _is_empty(part)]
+    dim = cast("int", arg(whole.node, 1, "dim", 0)) % len(whole.dims)
+    if whole.dims[dim] != axes.flat(("column",)):
         # For instance a rotary embedding: the halves of the head dimension are put together. All of it is new.
-        return None, whole, None
+        return None
     if len(nodes) == 1:
-        return None, nodes[0], None
+        return None, nodes[0]
     if len(nodes) == 2:
-        return skip_no_ops(nodes[0]), nodes[1], None
-    return None, whole, Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated from {len(nodes)} parts")
+        return nodes[0], nodes[1]
+    return Refusal(Reason.CACHE_FORM, f"the {which}s are concatenated from {len(nodes)} parts")
 
 
 def _is_empty(node: fx.Node) -> bool:
     """Tell the empty tensor that a cache starts from (``torch.tensor([])``)."""
     shape = shape_of(node)
-    return len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 0
+    return len(shape) == 1 and static_int(shape[0]) == 0
 
 
-def _slots(program: Program, whole: fx.Node) -> tuple[tuple[int, ...], fx.Node]:
-    """Return the outputs that hold ``whole``, or else its newest entries."""
-    returned = [skip_no_ops(output) if isinstance(output, fx.Node) else None for output in program.outputs]
-    exact = tuple(i for i, output in enumerate(returned) if output is whole)
-    if exact:
-        return exact, whole
-    for output in returned:
-        if output is not None and _is_newest_entries_of(output, whole):
-            return tuple(i for i, other in enumerate(returned) if other is output), output
-    return (), whole
+def _source_of(axes: Axes, past: fx.Node, dims: Dims) -> Step | None:
+    """Return what the old part of a concatenation is a view of; its sequence is shorter than ``dims`` says."""
+    names = [axis for dim in dims for axis in dim]
+    shorter = Axes(dict(axes.sizes), dict(axes.parts))
+    position = next((i for i, dim in enumerate(dims) if "column" in dim), None)
+    if position is None or len(dims[position]) != 1:
+        return None
+    shorter.sizes["column"] = shape_of(past)[position]
+    *_, top = climb(shorter, past, dims)
+    found = shorter.resolve(top.dims)
+    complete = top.whole and sorted(axis for dim in found for axis in dim) == sorted(names)
+    return Step(top.node, found) if complete else None
 
 
-def _is_newest_entries_of(node: fx.Node, whole: fx.Node) -> bool:
-    """Tell ``whole[:, :, -n:]``: what a sliding-window cache keeps."""
+def _returned(program: Program, axes: Axes, targets: Mapping[fx.Node, Dims]) -> list[_Returned]:
+    """Return the outputs that hold one of ``targets``, or else the newest entries of one."""
+    exact: list[_Returned] = []
+    newest: list[_Returned] = []
+    for slot, output in enumerate(program.outputs):
+        if not isinstance(output, fx.Node) or not isinstance(output.meta.get("val"), torch.Tensor):
+            continue
+        if not any(node in targets for node in _sources(output)):
+            continue
+        scratch = Axes()
+        fresh = scratch.name(shape_of(output), [f"r{i}" for i in range(len(shape_of(output)))])
+        for step in climb(scratch, output, fresh):
+            target = _target(step.node, targets)
+            if target is None:
+                continue
+            if not step.whole:
+                break
+            dims = _translated(axes, scratch, fresh, step, targets[target])
+            if dims is not None:
+                (exact if target is step.node else newest).append(_Returned(slot, step.node, target, dims))
+            break
+    found = exact or newest
+    return [returned for returned in found if returned.whole is found[0].whole]
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a value, its first operand, that one's first operand, and so on."""
+    while True:
+        yield node
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, fx.Node):
+            return
+        node = source
+
+
+def _target(node: fx.Node, targets: Mapping[fx.Node, Dims]) -> fx.Node | None:
+    """Return the target that a node is, or of which it is the newest entries."""
+    if node in targets:
+        return node
     if node.target is not aten.slice.Tensor or arg(node, 4, "step", 1) != 1:
-        return False
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or skip_no_ops(source) is not whole:
-        return False
+        return None
+    source = skip_no_ops(cast("fx.Node", node.args[0]))
     end = arg(node, 3, "end")
     reaches_end = end is None or (isinstance(end, int) and end >= 2**62)
-    return arg(node, 1, "dim", 0) == _SEQUENCE_DIM and reaches_end
+    if source not in targets or not reaches_end:
+        return None
+    dims = targets[source]
+    dim = cast("int", arg(node, 1, "dim", 0)) % len(dims)
+    everything = same_size(shape_of(source)[dim], shape_of(node)[dim])
+    return source if "column" in dims[dim] and not everything else None
 
 
-def _is_returned_in_disguise(program: Program, site: AttentionSite, whole: fx.Node) -> bool:
+def _translated(axes: Axes, scratch: Axes, fresh: Dims, step: Step, known: Dims) -> Dims | None:
+    """Return the dimensions of an output in the axes of what it is a view of."""
+    seen = scratch.resolve(step.dims)
+    known = axes.resolve(known)
+    if len(seen) != len(known):
+        return None
+    scratch.sizes.update({axis: axes.sizes[axis] for dim in known for axis in dim})
+    # A sliding cache is shorter than what it is cut from.
+    for ours, theirs, size in zip(seen, known, shape_of(step.node), strict=True):
+        if "column" in theirs:
+            scratch.sizes["column"] = size
+        if not ours and theirs and static_int(size) != 1:
+            return None
+    return scratch.resolve(fresh) if scratch.identify(seen, known) else None
+
+
+def _layout(operand: Operand, dims: Dims) -> Layout | None:
+    """Return the layout of a cached tensor, ``None`` if an axis is split over dimensions."""
+    axes = operand.axes
+    letters = dict.fromkeys(axes.picked, "p")
+    for letter, group in zip("bhld", operand.order, strict=True):
+        letters.update(dict.fromkeys(group, letter))
+    found: list[str] = []
+    for dim in axes.resolve(dims):
+        if any(axis not in letters or (axis in axes.picked and axes.sizes[axis] != 2) for axis in dim):
+            return None
+        text = "".join(letters[axis] for axis in dim)
+        found.append("".join(letter for i, letter in enumerate(text) if text[i - 1 : i] != letter) or "1")
+    everything = "".join(found)
+    # An axis of size one may have no dimension; it lies beside its neighbour as well as anywhere.
+    for missing, beside, group in (("h", "d", operand.heads), ("b", "h", operand.batch)):
+        if missing not in everything and static_int(axes.size(group)) == 1:
+            found = [dim.replace(beside, missing + beside) for dim in found]
+    try:
+        return Layout(tuple(found))
+    except ValueError:
+        return None
+
+
+def _is_returned_in_disguise(program: Program, site: AttentionSite, which: str) -> bool:
     """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention."""
-    own = _ancestors(whole) - _ancestors(site.query)
+    own = _ancestors(site.operand(which).steps[0].node) - _ancestors(site.query)
     seen, pending = set(own), list(own)
     while pending:
         for user in pending.pop().users:
@@ -155,36 +323,35 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _strangers(
-    program: Program, site: AttentionSite, whole: fx.Node, cached: fx.Node, past: fx.Node | None
-) -> tuple[str, ...]:
-    """Name the readers of the cache other than this attention, the caller and size queries.
+def readers_of(program: Program, updates: Iterable[CacheUpdate], attentions: frozenset[fx.Node]) -> tuple[str, ...]:
+    """Name the readers of a layer's cache other than attentions, the caller and size queries.
 
     A compressed cache has no dense form, so in the decode graph such a reader would have nothing to read.
+
+    Args:
+        program: The captured graph.
+        updates: The layer's keys and values.
+        attentions: The attentions that are going to read the compressed form.
     """
-    chain = _chain(site, whole)
     output = next(iter(program.module.graph.find_nodes(op="output")))
-    known = {site.node, output, whole, cached, *chain}
+    pending: list[fx.Node] = []
+    for update in updates:
+        pending += [update.whole, update.cached] + ([update.past] if update.past is not None else [])
+    known = {output, *pending}
     found: list[str] = []
-    pending = [whole, cached, *chain] + ([past] if past is not None else [])
     while pending:
-        node = pending.pop()
-        for user in node.users:
-            if user in known or user in program.superseded or user.target is aten.sym_size.int:
+        for user in pending.pop().users:
+            if user in known or user in program.superseded or user in attentions or user.target is aten.sym_size.int:
                 continue
             known.add(user)
-            if skip_no_ops(user) in (whole, cached, past):
+            if user.target in _TRANSPARENT or _is_part(user) or skip_no_ops(user) is not user:
                 pending.append(user)
             else:
                 found.append(str(user.target))
     return tuple(found)
 
 
-def _chain(site: AttentionSite, whole: fx.Node) -> tuple[fx.Node, ...]:
-    """Return the views between the cache and the attention's operand: no-ops and the repetition for grouped queries."""
-    operand = site.node.args[1 if whole is site.key else 2]
-    chain: list[fx.Node] = []
-    while isinstance(operand, fx.Node) and operand is not whole:
-        chain.append(operand)
-        operand = operand.args[0]
-    return tuple(chain)
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node takes keys or values out of a tensor that holds both."""
+    name = str(node.target)
+    return any(word in name for word in ("split", "chunk", "unbind", "getitem", "select.int", "repeat"))

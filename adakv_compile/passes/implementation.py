@@ -8,7 +8,7 @@ from adakv_compile.kernels import Kernels, Subject, why_unsupported
 from adakv_compile.kernels.prefill_attention import BACKENDS, Request, best_backend
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite
-from adakv_compile.passes.nodes import same_size, shape_of, static_int
+from adakv_compile.passes.nodes import same_size, static_int
 
 __all__ = ["Implementation", "choose_attention", "choose_kernels"]
 
@@ -37,8 +37,8 @@ def choose_kernels(options: Options, site: AttentionSite) -> Implementation:
     asked: Kernels = options.kernels
     if asked == "portable":
         return Implementation("portable", "portable")
-    key = site.key.meta["val"]
-    why = why_unsupported(Subject(key.device, key.dtype, (shape_of(site.key)[3], shape_of(site.value)[3])))
+    key = site.query.meta["val"]
+    why = why_unsupported(Subject(key.device, key.dtype, (site.key_dim, site.value_dim)))
     if why is not None:
         if asked == "triton":
             return Implementation("portable", f"portable ({why})", f"option 'kernels' is 'triton': {why}")
@@ -48,25 +48,29 @@ def choose_kernels(options: Options, site: AttentionSite) -> Implementation:
     return Implementation("auto", "triton" if key.device.type == "cuda" else "cpu")
 
 
-def choose_attention(options: Options, site: AttentionSite, sliding_window: int | None, padded: bool) -> Implementation:
+def choose_attention(
+    options: Options, site: AttentionSite, sliding_window: int | None, needs_mask: str | None
+) -> Implementation:
     """Return the backend of a prompt's attention, whose mask is proved causal.
 
     Args:
         options: The user's.
         site: The attention.
         sliding_window: Keys a query sees, its own included.
-        padded: Whether some tokens are padding, which takes the model's mask.
+        needs_mask: Why the causal rule is not all that the model's mask says, None if it is.
     """
     asked = options.attention
     if asked == "model":
         return Implementation("model", "model")
-    if padded:
-        why = "the batch is padded, which takes the model's own mask"
+    if needs_mask is not None:
+        why = needs_mask
+    elif not site.is_plain:
+        why = "its logits are capped" if site.softcap is not None else "it has sinks"
     elif not same_size(site.query_length, site.key_length):
         why = "the prompt continues a dense cache"
     else:
-        dims = static_int(shape_of(site.key)[3]), static_int(shape_of(site.value)[3])
-        key = site.key.meta["val"]
+        dims = static_int(site.key_dim), static_int(site.value_dim)
+        key = site.query.meta["val"]
         if dims[0] is None or dims[1] is None:
             why = "the head dimension is not a number"
         else:

@@ -13,8 +13,8 @@ from adakv_compile import _torch
 from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
 from adakv_compile.capture import Program
 from adakv_compile.kernels.decode_attention import CURSOR_SIZE
-from adakv_compile.passes.nodes import same_size, shape_of
-from adakv_compile.passes.plan import PlannedSite
+from adakv_compile.passes.nodes import same_size
+from adakv_compile.passes.plan import Action, PlannedSite
 
 __all__ = ["GraphInputs"]
 
@@ -64,8 +64,8 @@ class GraphInputs:
                 drops_oldest=told_apart or mask.sliding_window is not None,
             )
         )
-        batch, heads, _, key_dim = shape_of(key)
-        value_dim = shape_of(value)[3]
+        site = planned.site
+        batch, heads = site.batch_size, site.num_kv_heads
         fake_mode, like = self.program.fake_mode, key.meta["val"]
         entries, capacity = (
             _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i, at_least_two=True)
@@ -73,24 +73,24 @@ class GraphInputs:
         )
         self.unguarded.extend((entries, capacity))
         shapes: dict[str, tuple[Any, ...]] = {
-            "keys": (batch, entries, key_dim),
-            "values": (batch, entries, value_dim),
+            "keys": (batch, entries, site.key_dim),
+            "values": (batch, entries, site.value_dim),
             "offsets": (batch, heads + 1),
             "positions": (batch, entries),
-            "tail_keys": (batch, heads, capacity, key_dim),
-            "tail_values": (batch, heads, capacity, value_dim),
+            "tail_keys": (batch, heads, capacity, site.key_dim),
+            "tail_values": (batch, heads, capacity, site.value_dim),
             "cursor": (CURSOR_SIZE,),
         }
         parts: dict[str, fx.Node] = {}
         for name in STORE_TENSORS:
-            if name == "cursor" and not appends:
+            if name == "cursor" and planned.action is Action.RECOMPRESS:
                 continue
             dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
             with fake_mode:
                 fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
             parts[name] = self._add(f"layer_{index}_{name}", StorePart(index, name), fake)
         if appends and not self.pasts[index].drops_oldest:
-            self._lengths.append((shape_of(key)[2], parts["cursor"]))
+            self._lengths.append((planned.key.past_length, parts["cursor"]))
         return index, parts
 
     def add_host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:

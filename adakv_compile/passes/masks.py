@@ -10,16 +10,31 @@ import sympy
 import torch
 from torch import fx
 
-from adakv_compile.passes.nodes import source_line
+from adakv_compile.passes.nodes import is_cast, source_line
 from adakv_compile.symbolic.classify import Geometry, classify
-from adakv_compile.symbolic.expr import BATCH, KEY, QUERY, Bool, Expr, Float, Where, loads_of, show
-from adakv_compile.symbolic.mask import MaskKind, MaskProof, PaddingFact
+from adakv_compile.symbolic.expr import (
+    BATCH,
+    KEY,
+    QUERY,
+    And,
+    Bool,
+    Expr,
+    Float,
+    Load,
+    Where,
+    loads_of,
+    show,
+    substitute,
+)
+from adakv_compile.symbolic.mask import NEGLIGIBLE, MaskKind, MaskProof, PaddingFact
 from adakv_compile.symbolic.read import Reader, shape_of
 from adakv_compile.symbolic.refuse import NotProvedError
 from adakv_compile.symbolic.sizes import Sizes
 from adakv_compile.symbolic.vocabulary import VOCABULARY
 
 __all__ = ["MaskKind", "MaskProof", "MaskProver", "PaddingFact", "prove_mask"]
+
+aten = torch.ops.aten
 
 _MASK_RANK: Final = 4
 
@@ -63,22 +78,32 @@ class MaskProver:
                 self._memo[memo] = _without_mask(is_causal, sizes)
             else:
                 self._memo[memo] = self._prove(node, is_causal, queries, keys)
-        return self._memo[memo]
+        proof = self._memo[memo]
+        if proof.biased and not proof.is_self_causal(q_len, kv_len):
+            # Numbers of which nothing is known may hide what the rest shows: only "not the future" is of any use then.
+            return dataclasses.replace(proof, kind=MaskKind.UNPROVEN, padding=None, reason=proof.bias_reason)
+        return proof
 
     def _prove(self, node: fx.Node, is_causal: bool, queries: sympy.Expr, keys: sympy.Expr) -> MaskProof:
         expr = self._reader.read(node)
         masked: float | None = None
         predicate: Expr | None = None
+        bias: list[str] = []
         try:
             if is_causal:
                 raise NotProvedError("a mask together with is_causal", expr)
             geometry = self._geometry(node, expr, queries, keys)
-            predicate, masked = self._predicate(node, expr)
+            predicate, masked = self._predicate(node, expr, bias)
             proof = classify(predicate, geometry, self._reader.leaves, self._reader.holders)
         except NotProvedError as failure:
             return self._unproven(node, failure, predicate)
         return dataclasses.replace(
-            proof, additive=masked is not None, masked_value=masked, node=node, where=source_line(node)
+            proof,
+            additive=masked is not None,
+            masked_value=masked,
+            bias_reason=bias[0] if bias else None,
+            node=node,
+            where=source_line(node),
         )
 
     def _geometry(self, node: fx.Node, expr: Expr, queries: sympy.Expr, keys: sympy.Expr) -> Geometry:
@@ -93,30 +118,57 @@ class MaskProver:
             raise NotProvedError(f"a mask of shape {tuple(shape)} for {queries} queries and {keys} keys", expr)
         return Geometry(padded[-1 - BATCH], queries, keys, self._sizes)
 
-    def _predicate(self, node: fx.Node, expr: Expr) -> tuple[Expr, float | None]:
-        """Return where keys are visible, and what an additive mask adds where they are not."""
+    def _predicate(self, node: fx.Node, expr: Expr, bias: list[str]) -> tuple[Expr, float | None]:
+        """Return where keys are visible, and what an additive mask adds where they are not.
+
+        Args:
+            node: The mask.
+            expr: Its element.
+            bias: Takes what else an additive mask adds, in words.
+        """
         dtype = node.meta["val"].dtype
         if dtype is torch.bool:
             return expr, None
         if not dtype.is_floating_point:
             raise NotProvedError(f"a mask of {dtype}", expr)
         hidden: list[float] = []
-        predicate = self._reader.simplify(self._visible(expr, torch.finfo(dtype).min, hidden))
+        predicate = self._reader.simplify(self._visible(expr, hidden, bias))
         return predicate, max(hidden, default=-math.inf)
 
-    def _visible(self, expr: Expr, lowest: float, hidden: list[float]) -> Expr:
+    def _visible(self, expr: Expr, hidden: list[float], bias: list[str]) -> Expr:
         match expr:
             case Where(condition, yes, no):
-                return Where(condition, self._visible(yes, lowest, hidden), self._visible(no, lowest, hidden))
+                return Where(condition, self._visible(yes, hidden, bias), self._visible(no, hidden, bias))
             case Float(value) if value == 0:
                 return Bool(True)
-            case Float(value) if value <= lowest:
+            case Float(value) if value <= NEGLIGIBLE:
                 hidden.append(value)
                 return Bool(False)
             case Float(value):
-                raise NotProvedError(f"it adds {value:g}, neither zero nor the lowest number of its dtype", expr)
-            case _:
-                raise NotProvedError(f"it adds numbers that aren't known: {show(expr)}", expr)
+                bias.append(f"it adds {value:g}, neither zero nor so little that an entry is hidden")
+                return Bool(True)
+            case Load(name, index):
+                terms = self._terms(self._reader.leaves[name].node, index)
+                if terms is not None:
+                    return And(tuple(self._visible(term, hidden, bias) for term in terms))
+        bias.append(f"it adds numbers that aren't known: {show(expr)}")
+        return Bool(True)
+
+    def _terms(self, node: fx.Node, index: tuple[Expr, ...]) -> list[Expr] | None:
+        """Return what a value that isn't known is the sum of, at a position."""
+        if node.target is aten.add.Tensor and node.args[2:] == () and node.kwargs.get("alpha", 1) == 1:
+            parts = node.args[:2]
+        elif is_cast(node):
+            parts = node.args[:1]
+        else:
+            return None
+        terms: list[Expr] = []
+        for part in parts:
+            if not isinstance(part, fx.Node) or not isinstance(part.meta.get("val"), torch.Tensor):
+                return None
+            positions = {len(index) - 1 - dim: at for dim, at in enumerate(index)}
+            terms.append(substitute(self._reader.read(part), positions))
+        return terms
 
     def _unproven(self, node: fx.Node, failure: NotProvedError, predicate: Expr | None) -> MaskProof:
         loads = loads_of(failure.culprit)

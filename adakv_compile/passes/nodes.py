@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from adakv_compile.report import SourceLine
 
-__all__ = ["arg", "same_layout", "same_size", "shape_of", "skip_no_ops", "source_line", "static_int"]
+__all__ = ["arg", "is_cast", "same_layout", "same_size", "shape_of", "skip_no_ops", "source_line", "static_int"]
 
 aten = torch.ops.aten
 
@@ -91,3 +91,11 @@ def source_line(node: fx.Node) -> SourceLine | None:
         return None
     file, line, code = frames[-1]
     return SourceLine("/".join(file.split("/")[-2:]), int(line), code.strip())
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Tell whether a node changes nothing but the floating-point type."""
+    if node.target is not aten._to_copy.default or set(node.kwargs) - {"dtype", "memory_format"}:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and all(value.meta["val"].dtype.is_floating_point for value in (source, node))

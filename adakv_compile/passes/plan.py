@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,11 +11,12 @@ from torch import fx
 from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
-from adakv_compile.passes.cache import CacheUpdate, find_cache_update
+from adakv_compile.passes.cache import CacheUpdate, find_cache_update, readers_of
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
-from adakv_compile.passes.nodes import same_size, shape_of, source_line, static_int
+from adakv_compile.passes.nodes import same_size, source_line, static_int
 from adakv_compile.report import Reason, Refusal, SiteReport
+from adakv_compile.runtime.layout import STANDARD
 
 __all__ = ["Action", "MaskUse", "Plan", "PlannedSite", "make_plan"]
 
@@ -28,6 +30,10 @@ class Action(Enum):
     """The cache is compressed and one token comes in: append it and attend."""
     RECOMPRESS = "recompress"
     """The cache is compressed and several tokens come in: attend, then keep the budget again."""
+    SHARE = "share"
+    """The keys and values are those of an attention before this one, which decides what is kept."""
+    READ = "read"
+    """The cache is compressed and holds the new tokens already."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class MaskUse:
         padding: Which entries are padding, when the proved mask says so.
         sliding_window: Window of a proved sliding mask, in tokens.
         columns: Whether entries that a sliding cache has dropped must be told apart by their column.
+        bias: Whether the proved mask also adds numbers, which the scores need: ``lookup`` is the mask then, too.
     """
 
     proof: MaskProof
@@ -47,6 +54,7 @@ class MaskUse:
     padding: PaddingFact | None = None
     sliding_window: int | None = None
     columns: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class PlannedSite:
         layer: Index among the attentions that are rewritten.
         kernels: The overload of the ops.
         attention: The backend of the prompt's attention; None for the other actions.
+        owner: For an attention to another one's keys and values, that one's position in the plan.
     """
 
     index: int
@@ -74,6 +83,7 @@ class PlannedSite:
     layer: int
     kernels: Implementation
     attention: Implementation | None
+    owner: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,16 @@ class Plan:
         return tuple(sorted(done + left, key=lambda site: site.index))
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """An attention whose cache is understood."""
+
+    index: int
+    site: AttentionSite
+    key: CacheUpdate
+    value: CacheUpdate
+
+
 def make_plan(program: Program, options: Options) -> Plan:
     """Analyse a captured graph; it is only read.
 
@@ -118,26 +138,27 @@ def make_plan(program: Program, options: Options) -> Plan:
         options: The user's options.
     """
     prover = MaskProver(program.module.graph)
-    found: list[PlannedSite] = []
+    groups: dict[tuple[fx.Node, fx.Node], list[_Candidate]] = {}
     left: list[tuple[int, fx.Node, Refusal]] = []
     for index, site in enumerate(find_attention(program)):
-        decided = _decide(program, options, prover, index, site, layer=len(found))
-        if isinstance(decided, Refusal):
-            left.append((index, site.node, decided))
+        candidate = _candidate(program, index, site)
+        if isinstance(candidate, Refusal):
+            left.append((index, site.node, candidate))
         else:
-            found.append(decided)
-    policies = tuple(options.policy(planned.layer, len(found)).encode() for planned in found)
-    return Plan(tuple(found), tuple(left), policies)
+            groups.setdefault((candidate.key.whole, candidate.value.whole), []).append(candidate)
+    found: list[PlannedSite] = []
+    for group in groups.values():
+        decided = _decide(program, options, prover, group, layer=sum(planned.owner is None for planned in found))
+        if isinstance(decided, Refusal):
+            left.extend((member.index, member.site.node, decided) for member in group)
+        else:
+            found.extend(decided)
+    layers = sum(planned.owner is None for planned in found)
+    policies = tuple(options.policy(planned.layer, layers).encode() for planned in found)
+    return Plan(tuple(found), tuple(sorted(left, key=lambda entry: entry[0])), policies)
 
 
-def _decide(
-    program: Program,
-    options: Options,
-    prover: MaskProver,
-    index: int,
-    site: AttentionSite | Unsupported,
-    layer: int,
-) -> PlannedSite | Refusal:
+def _candidate(program: Program, index: int, site: AttentionSite | Unsupported) -> _Candidate | Refusal:
     if isinstance(site, Unsupported):
         return site.refusal
     key, value = (find_cache_update(program, site, which) for which in ("key", "value"))
@@ -147,42 +168,89 @@ def _decide(
             return Refusal(Reason.KEY_VALUE_MISMATCH, "only one of them is returned") if half else update
     assert isinstance(key, CacheUpdate)
     assert isinstance(value, CacheUpdate)
-    if mismatch := _mismatch(key, value):
+    if mismatch := _mismatch(site, key, value):
         return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
-    proof = prover.prove(site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length)
+    return _Candidate(index, site, key, value)
+
+
+def _decide(
+    program: Program, options: Options, prover: MaskProver, group: Sequence[_Candidate], layer: int
+) -> list[PlannedSite] | Refusal:
+    """Decide for the attentions to one layer's keys and values, the first of which owns them: all of them or none."""
+    owner = group[0]
+    attentions = frozenset(member.site.node for member in group)
+    strangers = readers_of(program, (owner.key, owner.value), attentions)
+    if strangers:
+        return Refusal(Reason.CACHE_CONSUMER, f"keys or values read by {', '.join(strangers)}")
+    planned: list[PlannedSite] = []
+    for member in group:
+        site, key = member.site, member.key
+        proof = prover.prove(site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length)
+        action = _action(site, key)
+        if isinstance(action, Refusal):
+            return action
+        prefill = action is Action.COMPRESS
+        mask = _mask_of_prefill(site, key, proof, options) if prefill else _mask_of_past(site, key, proof)
+        if isinstance(mask, Refusal):
+            return mask
+        shared = member is not owner
+        attention = None
+        if prefill and not shared:
+            attention = choose_attention(options, site, mask.sliding_window, _why_masked(mask))
+        planned.append(
+            PlannedSite(
+                member.index,
+                site,
+                key,
+                member.value,
+                mask,
+                Action.SHARE if shared else action,
+                layer,
+                choose_kernels(options, site),
+                attention,
+                owner.index if shared else None,
+            )
+        )
+    return planned
+
+
+def _action(site: AttentionSite, key: CacheUpdate) -> Action | Refusal:
     one_token = static_int(site.query_length) == 1
+    if key.new is None:
+        return Action.READ
+    if not same_size(site.query_length, key.new_length):
+        return Refusal(Reason.CACHE_FORM, f"{site.query_length} queries come with {key.new_length} new keys")
     if not key.compressed:
-        if key.past is not None and one_token:
-            return Refusal(Reason.DENSE_CACHE, "")
-        mask = _mask_of_prefill(site, key, proof, options)
-        action = Action.COMPRESS
-    else:
-        mask = _mask_of_past(site, key, proof)
-        action = Action.DECODE if one_token else Action.RECOMPRESS
-    if isinstance(mask, Refusal):
-        return mask
-    kernels = choose_kernels(options, site)
-    attention = None
-    if action is Action.COMPRESS:
-        attention = choose_attention(options, site, mask.sliding_window, mask.padding is not None)
-    return PlannedSite(index, site, key, value, mask, action, layer, kernels, attention)
+        return Refusal(Reason.DENSE_CACHE, "") if key.past is not None and one_token else Action.COMPRESS
+    return Action.DECODE if one_token else Action.RECOMPRESS
 
 
-def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
+def _mismatch(site: AttentionSite, key: CacheUpdate, value: CacheUpdate) -> str:
     if (key.past is None) != (value.past is None) or key.compressed != value.compressed:
         return "one of them has a past of another kind"
     if key.is_sliding != value.is_sliding:
         return "only one of them drops old entries"
     if key.is_sliding and not same_size(key.cached_length, value.cached_length):
         return f"{key.cached_length} keys are kept, but {value.cached_length} values"
+    if key.pair or value.pair:
+        return "" if _is_pair(site, key, value) else "they are taken from one tensor in another way than as its halves"
     if key.slots and set(key.slots) & set(value.slots):
         return "both are returned as the same output"
-    keys, values = shape_of(key.new), shape_of(value.new)
-    if not all(same_size(a, b) for a, b in zip(keys[:3], values[:3], strict=True)):
-        return f"new keys {tuple(keys)}, new values {tuple(values)}"
-    if key.new.meta["val"].dtype != value.new.meta["val"].dtype:
-        return f"keys are {key.new.meta['val'].dtype}, values {value.new.meta['val'].dtype}"
-    return ""
+    if (key.new is None) != (value.new is None) or not same_size(key.new_length, value.new_length):
+        return f"{key.new_length} new keys, {value.new_length} new values"
+    dtypes = [update.whole.meta["val"].dtype for update in (key, value)]
+    return "" if dtypes[0] == dtypes[1] else f"keys are {dtypes[0]}, values {dtypes[1]}"
+
+
+def _is_pair(site: AttentionSite, key: CacheUpdate, value: CacheUpdate) -> bool:
+    """Whether keys are the first and values the second half of one cached tensor."""
+    picked = [
+        [operand.axes.picked[axis] for dim in update.dims for axis in dim if axis in operand.axes.picked]
+        for update, operand in ((key, site.keys), (value, site.values))
+    ]
+    return (
+        key.whole is value.whole and key.cached is value.cached and key.layout == value.layout and picked == [[0], [1]]
+    )
 
 
 def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
@@ -201,12 +269,20 @@ def _mask_of_prefill(site: AttentionSite, update: CacheUpdate, proof: MaskProof,
         return Refusal(Reason.CACHE_FORM, "old entries are dropped although the mask still shows them")
     if window is not None and isinstance(options.budget, int) and options.budget >= window - 1:
         return Refusal(Reason.WITHIN_WINDOW, f"window {window}, budget {options.budget}")
-    return MaskUse(proof, padding=proof.padding, sliding_window=window)
+    return MaskUse(
+        proof,
+        lookup=site.mask if proof.biased else None,
+        padding=proof.padding,
+        sliding_window=window,
+        bias=proof.biased,
+    )
 
 
 def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) -> MaskUse | Refusal:
     window = static_int(proof.window)
     causal = proof.is_self_causal(site.query_length, site.key_length)
+    if causal and proof.biased:
+        return MaskUse(proof, lookup=site.mask, padding=proof.padding, bias=True)
     if causal and (proof.window is None or window is not None):
         # A sliding cache has dropped entries that are still stored; something must tell their columns.
         columns = update.is_sliding and proof.padding is None and window is None
@@ -216,13 +292,30 @@ def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) ->
     return MaskUse(proof, lookup=site.mask)
 
 
+def _why_masked(mask: MaskUse) -> str | None:
+    """Return why a prompt's attention takes the model's own mask."""
+    if mask.bias:
+        return "numbers are added to the logits"
+    return None if mask.padding is None else "the batch is padded, which takes the model's own mask"
+
+
 def _describe(planned: PlannedSite) -> SiteReport:
     site, mask = planned.site, planned.mask
     heads = f"{site.num_heads} query heads on {site.num_kv_heads} KV heads"
-    shape = f"{heads}, head dim {shape_of(site.key)[3]}, {site.query_length} of {site.key_length} tokens new"
-    text = f"proved: {mask.proof}" if mask.lookup is None else f"looked up at the kept positions ({mask.proof})"
+    shape = f"{heads}, head dim {site.key_dim}, {site.query_length} of {site.key_length} tokens new"
+    if mask.lookup is None:
+        text = f"proved: {mask.proof}"
+    elif mask.bias:
+        text = f"proved: {mask.proof}, with numbers added that are looked up at the kept positions"
+    else:
+        text = f"looked up at the kept positions ({mask.proof})"
     past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
+    if planned.owner is not None:
+        cache = f"that of attention {planned.owner}"
+    elif planned.key.layout != STANDARD or planned.value.layout != STANDARD:
+        layouts = dict.fromkeys(str(update.layout) for update in (planned.key, planned.value))
+        cache += f", kept as {' and '.join(layouts)}"
     kernels = planned.kernels.text
     if planned.attention is not None:
         kernels += f"; attention of the prompt: {planned.attention.text}"

@@ -21,7 +21,9 @@ from adakv_compile.call import (
     Returned,
 )
 from adakv_compile.capture import Program
+from adakv_compile.passes.axes import Dims
 from adakv_compile.passes.cache import CacheUpdate
+from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.inputs import GraphInputs
 from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
@@ -63,6 +65,21 @@ def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewr
     return _Rewriter(program, plan, GraphInputs(program, example_inputs)).run()
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A past whose store's parts are inputs of the graph.
+
+    Attributes:
+        past: Its index among the pasts.
+        parts: The inputs, by field of the store.
+        lengths: Those lengths that the host knows, if somebody asked for them.
+    """
+
+    past: int
+    parts: dict[str, fx.Node]
+    lengths: list[fx.Node] = field(default_factory=list[fx.Node])
+
+
 @dataclass
 class _Rewriter:
     program: Program
@@ -71,6 +88,7 @@ class _Rewriter:
     results: list[fx.Node] = field(default_factory=list[fx.Node])
     cached: dict[int, Output] = field(default_factory=dict[int, Output])
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    opened: dict[int, _Opened] = field(default_factory=dict[int, "_Opened"])
 
     @property
     def graph(self) -> fx.Graph:
@@ -78,13 +96,18 @@ class _Rewriter:
 
     def run(self) -> Rewritten:
         self._restore()
+        owners = {planned.index: planned for planned in self.plan.sites if planned.owner is None}
         for planned, policy in zip(self.plan.sites, self.plan.policies, strict=True):
-            if planned.action is Action.COMPRESS:
-                self._compress(planned, policy)
-            elif planned.action is Action.DECODE:
+            owner = planned if planned.owner is None else owners[planned.owner]
+            if owner.action is Action.COMPRESS:
+                if planned is owner:
+                    self._compress(planned, policy)
+            elif owner.action is Action.RECOMPRESS:
+                self._recompress(planned, owner, policy)
+            elif owner.action is Action.DECODE and planned is owner:
                 self._decode(planned)
             else:
-                self._recompress(planned, policy)
+                self._read(planned, owner)
         outputs = self._close()
         inputs = self.inputs.finish(
             past for planned in self.plan.sites for past in (planned.key.past, planned.value.past) if past is not None
@@ -100,126 +123,132 @@ class _Rewriter:
 
     def _restore(self) -> None:
         """Put back what the model wrote where the plan does not replace it, to the last bit."""
-        replaced = {
-            planned.site.node
-            for planned in self.plan.sites
-            if planned.attention is None or planned.attention.name != "model"
-        }
-        for result, original in self.program.spelled.items():
-            operator_call = result if result.target is aten.scaled_dot_product_attention.default else result.args[0]
-            if operator_call not in replaced:
-                result.replace_all_uses_with(original)
+        attentions = [planned for planned in self.plan.sites if planned.key.compressed or _is_replaced(planned)]
+        replaced = {planned.site.node for planned in attentions}
+        for call, spelled in self.program.spelled.items():
+            if call not in replaced:
+                spelled.result.replace_all_uses_with(spelled.original)
 
-    # -- the three actions ------------------------------------------------------------------------------------------
+    # -- the actions ------------------------------------------------------------------------------------------------
 
     def _compress(self, planned: PlannedSite, policy: str) -> None:
-        site, mask = planned.site, planned.mask
-        key, value = (self._without_empty_past(update) for update in (planned.key, planned.value))
+        site, mask, emit = planned.site, planned.mask, self._emit(planned)
+        caches = [self._without_empty_past(update) for update in (planned.key, planned.value)]
         lse = self._attend(planned)
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
-        with self.graph.inserting_before(site.node.next):
+        with self.graph.inserting_before(self._last_of(planned).next):
+            key, value = (
+                self._arranged(emit, planned, cache, update.dims, which)
+                for cache, (update, which) in zip(caches, _kinds(planned), strict=True)
+            )
             cached = planned.key.cached
             start = cast("int | fx.Node", arg(cached, 2, "start", 0)) if planned.key.is_sliding else None
             padding = self._padding(planned, start)
-            scores = self._call(
+            scores = emit.call(
                 self._op(kernels.observe.SPEC, planned),
-                (site.query, key, padding, lse, site.scale, mask.sliding_window, policy),
-                like=site.node,
+                *(site.query, key, mask.lookup, padding, lse, site.sinks),
+                *(site.scale, mask.sliding_window, site.softcap, policy),
             )
-            kept = self._call(
+            kept = emit.call(
                 self._op(kernels.select.SPEC, planned),
-                (scores, padding, mask.sliding_window, policy),
-                like=site.node,
+                *(scores, padding, mask.sliding_window, policy),
             )
-            positions, offsets = (self._call(operator.getitem, (kept, i), like=site.node) for i in range(2))
-            stored = self._call(
-                self._op(kernels.compact.SPEC, planned),
-                (key, value, positions, offsets),
-                like=site.node,
-            )
-            keys, values = (self._call(operator.getitem, (stored, i), like=site.node) for i in range(2))
-            tokens = self._length(key)
+            positions, offsets = (emit.call(operator.getitem, kept, i) for i in range(2))
+            stored = emit.call(self._op(kernels.compact.SPEC, planned), key, value, positions, offsets)
+            keys, values = (emit.call(operator.getitem, stored, i) for i in range(2))
+            tokens = self._length(emit, key)
         self._return_made(planned, (keys, values, offsets, positions), tokens, None, "all")
 
     def _decode(self, planned: PlannedSite) -> None:
-        site, mask = planned.site, planned.mask
-        past, parts = self.inputs.add_past(planned, appends=1)
+        site, emit = planned.site, self._emit(planned)
+        opened = self._open(planned, appends=1)
         with self.graph.inserting_before(site.node):
-            out = self._call(
+            out = emit.call(
                 self._op(kernels.decode_attention.SPEC, planned),
-                (
-                    site.query,
-                    planned.key.new,
-                    planned.value.new,
-                    *(parts[name] for name in STORE_TENSORS),
-                    mask.lookup,
-                    self._columns(planned),
-                    site.scale,
-                    mask.sliding_window,
-                ),
-                like=site.node,
+                site.query,
+                *self._new(emit, planned),
+                *(opened.parts[name] for name in STORE_TENSORS),
+                *self._rules(planned),
             )
-            out = self._in_layout_of(out, site.node)
+            out = self._in_layout_of(emit, out, site.node)
         site.node.replace_all_uses_with(out)
-        cached = self._cached_length(planned.key)
-        for update, kind in _kinds(planned):
-            for slot in update.slots:
-                self.cached[slot] = Grown(past, kind, cached)
+        self._return_grown(planned, opened.past)
 
-    def _recompress(self, planned: PlannedSite, policy: str) -> None:
-        site, mask = planned.site, planned.mask
-        past, parts = self.inputs.add_past(planned, appends=0)
-        lengths = [self.inputs.add_host_length(past, name) for name in ("tail_length", "prefix_length")]
+    def _read(self, planned: PlannedSite, owner: PlannedSite) -> None:
+        """Attend to a store that holds the new tokens by now."""
+        site, emit = planned.site, self._emit(planned)
+        opened = self._open(owner, appends=0)
         with self.graph.inserting_before(site.node):
-            result = self._call(
-                self._op(kernels.extend.SPEC, planned),
-                (
-                    site.query,
-                    planned.key.new,
-                    planned.value.new,
-                    *(parts[name] for name in STORE_TENSORS if name != "cursor"),
-                    *lengths,
-                    mask.lookup,
-                    self._columns(planned),
-                    site.scale,
-                    mask.sliding_window,
-                    policy,
-                    mask.lookup is None,
-                ),
-                like=site.node,
+            out = emit.call(
+                self._op(kernels.attend.SPEC, planned),
+                site.query,
+                *(opened.parts[name] for name in STORE_TENSORS),
+                *self._rules(planned),
             )
-            out, *stored = (self._call(operator.getitem, (result, i), like=site.node) for i in range(5))
-            tokens = self._length(planned.key.new)
-            out = self._in_layout_of(out, site.node)
+            out = self._in_layout_of(emit, out, site.node)
         site.node.replace_all_uses_with(out)
-        keys, values, offsets, positions = stored
-        self._return_made(planned, (keys, values, offsets, positions), tokens, past, self._cached_length(planned.key))
+        if planned is owner:
+            self._return_grown(planned, opened.past)
+
+    def _recompress(self, planned: PlannedSite, owner: PlannedSite, policy: str) -> None:
+        site, mask, emit = planned.site, planned.mask, self._emit(planned)
+        opened = self._open(owner, appends=0)
+        if not opened.lengths:
+            opened.lengths.extend(
+                self.inputs.add_host_length(opened.past, name) for name in ("tail_length", "prefix_length")
+            )
+        with self.graph.inserting_before(site.node):
+            key, value = self._new(emit, planned)
+            result = emit.call(
+                self._op(kernels.extend.SPEC, planned),
+                *(site.query, key, value),
+                *(opened.parts[name] for name in STORE_TENSORS if name != "cursor"),
+                *opened.lengths,
+                *self._rules(planned),
+                policy,
+                planned is owner and (mask.lookup is None or mask.bias),
+            )
+            out, *stored = (emit.call(operator.getitem, result, i) for i in range(5))
+            tokens = self._length(emit, key)
+            out = self._in_layout_of(emit, out, site.node)
+        site.node.replace_all_uses_with(out)
+        if planned is owner:
+            keys, values, offsets, positions = stored
+            made = (keys, values, offsets, positions)
+            self._return_made(planned, made, tokens, opened.past, self._cached_length(planned.key))
 
     def _attend(self, planned: PlannedSite) -> fx.Node | None:
         """Let the chosen backend compute a prompt's attention; return its log-sum-exp if ``observe`` can use it."""
         site, choice = planned.site, planned.attention
         if choice is None or choice.name == "model":
             return None
-        key, value = (self.replaced.get(node, node) for node in (site.key, site.value))
+        emit = self._emit(planned)
         lse = None
         with self.graph.inserting_before(site.node):
+            fake = site.query.meta["val"]
+            # Grouped heads have flash and cuDNN kernels; elsewhere PyTorch would fall back to plain products.
+            grouped = fake.device.type == "cuda" and fake.dtype in (torch.float16, torch.bfloat16)
+            if choice.name == "sdpa" and not grouped:
+                key, value = cast("tuple[fx.Node, fx.Node]", site.node.args[1:3])
+            else:
+                key, value = (
+                    self._arranged(emit, planned, self.replaced.get(update.whole, update.whole), update.dims, which)
+                    for update, which in _kinds(planned)
+                )
             if choice.name == "sdpa":
-                fake = site.query.meta["val"]
-                # Grouped heads have flash and cuDNN kernels; elsewhere PyTorch would fall back to plain products.
-                grouped = fake.device.type == "cuda" and fake.dtype in (torch.float16, torch.bfloat16)
-                given = (key, value) if grouped else cast("tuple[fx.Node, ...]", site.node.args[1:3])
-                out = self._call(
+                out = emit.call(
                     aten.scaled_dot_product_attention.default,
-                    (site.query, *given, None, 0.0, True),
-                    like=site.node,
+                    *(site.query, key, value, None, 0.0, True),
                     scale=site.scale,
-                    enable_gqa=not same_size(shape_of(given[0])[1], site.num_heads),
+                    enable_gqa=not same_size(shape_of(key)[1], site.num_heads),
                 )
             else:
-                arguments = (site.query, key, value, site.scale, planned.mask.sliding_window, choice.name)
-                result = self._call(kernels.prefill_attention.SPEC.overload, arguments, like=site.node)
-                out, lse = (self._call(operator.getitem, (result, i), like=site.node) for i in range(2))
-            out = self._in_layout_of(out, site.node)
+                out_and_lse = emit.call(
+                    kernels.prefill_attention.SPEC.overload,
+                    *(site.query, key, value, site.scale, planned.mask.sliding_window, choice.name),
+                )
+                out, lse = (emit.call(operator.getitem, out_and_lse, i) for i in range(2))
+            out = self._in_layout_of(emit, out, site.node)
         site.node.replace_all_uses_with(out)
         # A sliding cache scores only what it keeps, which is less than what the queries saw.
         gives = kernels.prefill_attention.BACKENDS[choice.name].gives_lse and not planned.key.is_sliding
@@ -231,18 +260,39 @@ class _Rewriter:
         """Return the overload of an op that the site was given."""
         return spec.overload_for(cast("kernels.Kernels", planned.kernels.name))
 
-    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
-        """Add a call whose fake value comes from the operator itself, with the provenance of ``like``."""
-        node = self.graph.call_function(target, args, kwargs)
-        values = fx.map_arg(args, lambda source: source.meta["val"])
-        with self.program.fake_mode:
-            node.meta["val"] = target(*values, **kwargs)
-        for name in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
-            if name in like.meta:
-                node.meta[name] = like.meta[name]
-        return node
+    def _emit(self, planned: PlannedSite) -> Emitter:
+        return Emitter(self.graph, self.program.fake_mode, planned.site.node)
 
-    def _in_layout_of(self, out: fx.Node, like: fx.Node) -> fx.Node:
+    def _last_of(self, planned: PlannedSite) -> fx.Node:
+        """Return the last node of an attention: its operator, or what the model wrote, whichever comes later."""
+        spelled = self.program.spelled.get(planned.site.node)
+        return planned.site.node if spelled is None else spelled.result
+
+    def _open(self, owner: PlannedSite, appends: int) -> _Opened:
+        """Return the store behind a past, as inputs of the graph."""
+        if owner.index not in self.opened:
+            self.opened[owner.index] = _Opened(*self.inputs.add_past(owner, appends))
+        return self.opened[owner.index]
+
+    def _arranged(self, emit: Emitter, planned: PlannedSite, node: fx.Node, dims: Dims, which: str) -> fx.Node:
+        """Return keys or values as ``[B, Hkv, L, D]``."""
+        operand = planned.site.operand(which)
+        return emit.arrange(operand.axes, node, dims, operand.order)
+
+    def _new(self, emit: Emitter, planned: PlannedSite) -> tuple[fx.Node, fx.Node]:
+        """Return the entries of this call, as the operators take them."""
+        key, value = (
+            self._arranged(emit, planned, cast("fx.Node", update.new), update.dims, which)
+            for update, which in _kinds(planned)
+        )
+        return key, value
+
+    def _rules(self, planned: PlannedSite) -> tuple[Any, ...]:
+        """Return what an attention to a store is told about who sees what."""
+        site, mask = planned.site, planned.mask
+        return (mask.lookup, self._columns(planned), site.sinks, site.scale, mask.sliding_window, site.softcap)
+
+    def _in_layout_of(self, emit: Emitter, out: fx.Node, like: fx.Node) -> fx.Node:
         """Give an attention's output the memory layout that the graph's later views were traced for.
 
         Raises:
@@ -250,19 +300,22 @@ class _Rewriter:
         """
         if same_layout(out, like):
             return out
-        rows = self._call(aten.transpose.int, (out, 1, 2), like=like)
-        rows = self._call(aten.clone.default, (rows,), like=like, memory_format=torch.contiguous_format)
-        out = self._call(aten.transpose.int, (rows, 1, 2), like=like)
+        if like.target is kernels.attention.SPEC.overload:
+            return emit.call(aten.clone.default, out, memory_format=torch.contiguous_format)
+        rows = emit.call(aten.transpose.int, out, 1, 2)
+        rows = emit.call(aten.clone.default, rows, memory_format=torch.contiguous_format)
+        out = emit.call(aten.transpose.int, rows, 1, 2)
         if not same_layout(out, like):
             raise RuntimeError(f"the attention {like.name} has strides {like.meta['val'].stride()}")
         return out
 
     def _without_empty_past(self, update: CacheUpdate) -> fx.Node:
         """Return what the caller keeps, after replacing ``cat([empty, new])`` by ``new``."""
-        if update.past is not None or update.whole is update.new:
+        if update.past is not None or update.new is None or update.whole is update.new:
             return update.cached
-        update.whole.replace_all_uses_with(update.new)
-        self.replaced[update.whole] = update.new
+        if update.whole not in self.replaced:
+            update.whole.replace_all_uses_with(update.new)
+            self.replaced[update.whole] = update.new
         return update.new if update.cached is update.whole else update.cached
 
     def _padding(self, planned: PlannedSite, start: int | fx.Node | None = None) -> fx.Node | None:
@@ -270,43 +323,21 @@ class _Rewriter:
         fact = planned.mask.padding
         if fact is None:
             return None
-
-        def emit(target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
-            return self._call(target, args, like=planned.site.node)
-
-        return emit_padding(fact, emit, planned.site.key_length, start)
+        emit = self._emit(planned)
+        return emit_padding(fact, lambda target, args: emit.call(target, *args), planned.site.key_length, start)
 
     def _columns(self, planned: PlannedSite) -> fx.Node | None:
         """Emit the padding of all columns; a sliding cache without one still needs its columns told apart."""
-        columns = planned.site.key_length
         if not planned.mask.columns:
             return self._padding(planned)
-        batch, device = shape_of(planned.site.query)[0], planned.site.query.meta["val"].device
-        node = self.graph.call_function(
-            aten.ones.default,
-            ([self._size(batch), self._size(columns)],),
-            {"dtype": torch.bool, "device": device},
-        )
-        with self.program.fake_mode:
-            node.meta["val"] = torch.ones((batch, columns), dtype=torch.bool, device=device)
-        return node
+        emit, query = self._emit(planned), planned.site.query
+        size = [emit.size(size) for size in (shape_of(query)[0], planned.site.key_length)]
+        return emit.call(aten.ones.default, size, dtype=torch.bool, device=query.meta["val"].device)
 
-    def _size(self, size: int | torch.SymInt) -> int | fx.Node:
-        """Return a node that computes a symbolic size, from the graph's own inputs."""
-        if isinstance(size, int):
-            return size
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and same_size(value, size):
-                return node
-            if node.op == "output":
-                break
-        raise RuntimeError(f"no value of the graph holds the size {size}")
-
-    def _length(self, node: fx.Node) -> int | fx.Node:
-        """Return the sequence length of a value: a number, or a node that holds it."""
+    def _length(self, emit: Emitter, node: fx.Node) -> int | fx.Node:
+        """Return the sequence length of ``[B, H, L, D]``: a number, or a node that holds it."""
         length = shape_of(node)[2]
-        return length if isinstance(length, int) else self._call(aten.sym_size.int, (node, 2), like=node)
+        return length if isinstance(length, int) else emit.call(aten.sym_size.int, node, 2)
 
     def _cached_length(self, update: CacheUpdate) -> CachedLength:
         """Say how long the tensor is that the caller keeps."""
@@ -315,12 +346,13 @@ class _Rewriter:
         fixed = static_int(update.cached_length)
         if fixed is not None:
             return fixed
-        if update.past is not None and same_size(update.cached_length, shape_of(update.past)[2]):
+        if update.past is not None and same_size(update.cached_length, update.past_length):
             return "as before"
         start = arg(update.cached, 2, "start")
         if isinstance(start, fx.Node) and same_size(-start.meta["val"], update.cached_length):
             with self.graph.inserting_after(start):
-                return self._result(self._call(operator.neg, (start,), like=start))
+                emit = Emitter(self.graph, self.program.fake_mode, start)
+                return self._result(emit.call(operator.neg, start))
         raise RuntimeError(f"the length {update.cached_length} of a sliding cache can't be computed from the inputs")
 
     def _return_made(
@@ -334,9 +366,15 @@ class _Rewriter:
         first = len(self.results)
         self.results.extend(stored)
         count = tokens if isinstance(tokens, int) else self._result(tokens)
-        for update, kind in _kinds(planned):
+        for update, which in _kinds(planned):
             for slot in update.slots:
-                self.cached[slot] = Made(first, kind, count, past, cached)
+                self.cached[slot] = Made(first, "pair" if update.pair else which, count, past, cached, update.layout)
+
+    def _return_grown(self, planned: PlannedSite, past: int) -> None:
+        cached = self._cached_length(planned.key)
+        for update, which in _kinds(planned):
+            for slot in update.slots:
+                self.cached[slot] = Grown(past, "pair" if update.pair else which, cached, update.layout)
 
     def _result(self, node: fx.Node) -> Returned:
         """Return ``node`` from the graph, once for every symbolic value."""
@@ -365,6 +403,11 @@ class _Rewriter:
                 outputs.append(Returned(None, value))
         output.args = (tuple(self.results),)
         return tuple(outputs)
+
+
+def _is_replaced(planned: PlannedSite) -> bool:
+    """Whether a prompt's attention is computed by something else than what the model wrote."""
+    return planned.attention is not None and planned.attention.name != "model"
 
 
 def _kinds(planned: PlannedSite) -> tuple[tuple[CacheUpdate, Literal["key"]], tuple[CacheUpdate, Literal["value"]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Final, Literal
 
 import sympy
 import torch
@@ -14,7 +14,10 @@ from adakv_compile.report import SourceLine
 from adakv_compile.symbolic.expr import Expr, show
 from adakv_compile.symbolic.sizes import Sizes
 
-__all__ = ["MaskKind", "MaskProof", "Offset", "PaddingFact", "PaddingRelation"]
+__all__ = ["NEGLIGIBLE", "MaskKind", "MaskProof", "Offset", "PaddingFact", "PaddingRelation"]
+
+NEGLIGIBLE: Final = -1e4
+"""Adding this or less hides an entry: its weight is exactly zero unless logits differ by almost as much."""
 
 Offset = sympy.Expr | Expr
 """A size, or an index expression that reads a tensor (a position that is only known at run time)."""
@@ -78,8 +81,10 @@ class MaskProof:
         prefix: Columns that every query sees.
         padding: What hides padding, and-ed to the rest.
         additive: Whether the mask is added to the logits, instead of being boolean.
-        masked_value: The largest number that an additive mask adds at hidden keys: ``-inf`` or ``finfo.min``. With the
-            latter a query that sees nothing averages all values, with the former its result is NaN or zero.
+        bias_reason: For an additive mask that adds other numbers as well, what was found of them. The proof says then what
+            is hidden at least: entries may be hidden beyond it.
+        masked_value: The largest number that an additive mask adds at hidden keys: ``-inf``, ``finfo.min`` or what a
+            model's author took for large enough. With the latter two a query that sees nothing averages all values, with the former its result is NaN or zero.
         predicate: The mask as an index expression, true where visible, if it could be read.
         steps: How the proof went, for people.
         reason: Why there is none, for ``UNPROVEN``.
@@ -97,12 +102,18 @@ class MaskProof:
     padding: PaddingFact | None = None
     additive: bool = False
     masked_value: float | None = None
+    bias_reason: str | None = None
     predicate: Expr | None = None
     steps: tuple[str, ...] = ()
     reason: str | None = None
     node: fx.Node | None = None
     where: SourceLine | None = None
     sizes: Sizes = field(default_factory=Sizes, repr=False, compare=False)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the mask adds numbers to what is visible."""
+        return self.bias_reason is not None
 
     @property
     def proved(self) -> bool:
