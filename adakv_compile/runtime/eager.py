@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from adakv_compile.runtime import arrange, changes
 from adakv_compile.runtime.attention import attend
-from adakv_compile.runtime.compressed import CompressedKV, make_view, storeless
-from adakv_compile.runtime.errors import CacheMismatchError, CropError, UnsupportedCacheOperation
-from adakv_compile.runtime.layout import STANDARD
-from adakv_compile.runtime.pending import Pending
-from adakv_compile.runtime.repeated import (
-    RepeatedKV,
-    copy_repeated,
-    expand,
-    insert_dim,
-    merge_dims,
-    repeat_batch,
-)
-from adakv_compile.runtime.store import take_rows
+from adakv_compile.runtime.compressed import CompressedKV, storeless
+from adakv_compile.runtime.errors import CacheMismatchError, UnsupportedCacheOperation
+from adakv_compile.runtime.repeated import RepeatedKV, copy_repeated, expand, merge_dims
 
 __all__ = ["dispatch"]
 
@@ -41,14 +31,12 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if any(type(view.anchor) is not Tensor for view in views):
         return _traced(func, args, kwargs)
     first = args[0] if args else None
-    if func not in _ANY_LAYOUT and any(view.axes is not STANDARD for view in views):
-        raise _unsupported(func, views[0])
-    if func in _ATTENTION:
-        return _attention(func, args, kwargs)
     handler = (_ON_REPEATED if isinstance(first, RepeatedKV) else _ON_VIEW).get(func)
-    if handler is None:
+    if func in _ATTENTION:
+        result = _attention(func, args, kwargs)
+    elif handler is None:
         result = func.decompose(*args, **kwargs)  # NotImplemented unless it is composed of other operations
-    elif isinstance(first, CompressedKV) or handler is _cat:
+    elif isinstance(first, CompressedKV) or func in _ON_SEVERAL:
         result = handler(*args, **kwargs)
     else:
         result = NotImplemented
@@ -103,159 +91,14 @@ def _unsupported(func: Any, view: CompressedKV, where: str = "in eager mode") ->
     )
 
 
-def _dim(dim: int) -> int:
-    return dim + 4 if dim < 0 else dim
+# Attention
 
 
-# Appending
-
-
-def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    # Caches start from torch.tensor([]), which torch.cat ignores for historical reasons.
-    tensors = [tensor for tensor in tensors if tensor.shape != (0,)]
-    view, new = tensors[0], tensors[1:]
-    if type(view) is not CompressedKV or _dim(dim) != 2 or any(isinstance(item, CompressedKV) for item in new):
-        return NotImplemented
-    wanted = (*view.shape[:2], view.shape[3])
-    for item in new:
-        given = (*item.shape[:2], *item.shape[3:])
-        if item.dim() != 4 or given != wanted or item.dtype != view.dtype or item.device != view.device:
-            raise CacheMismatchError(
-                f"cat of {view!r} with new entries of shape {list(item.shape)}, {item.dtype}, {item.device}: they must"
-                " have the cache's batch, heads, head dimension, dtype and device. Was the cache made by another model?"
-            )
-    new = [item.detach() for item in new if item.shape[2]]
-    if not new:
-        return _same(view)
-    added = sum(item.shape[2] for item in new)
-    before = view.pending
-    # cat copies, so that the caller may overwrite its tensors before the attention.
-    pending = Pending(torch.cat(new if before is None else [before, *new], dim=2), view.tail_length)
-    return make_view(view.store, view.kind, view.shape[2] + added, view.start, pending)
-
-
-# Copies: views never change what they share, so a copy is another view
-
-
-def _same(self: CompressedKV, **_: Any) -> CompressedKV:
-    return make_view(self.store, self.kind, self.length, self.start, self.waiting, self.axes)
-
-
-def _to_copy(
-    self: CompressedKV,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    non_blocking: bool = False,
-    **_: Any,
-) -> Any:
-    dtype = dtype or self.dtype
-    device = device or self.device
-    if not dtype.is_floating_point or device.type == "meta":
-        return NotImplemented
-    if dtype == self.dtype and device == self.device:
-        return _same(self)
-    pending = self.pending
-    if pending is not None:
-        pending = pending.to(device, dtype)
-    store = self.store.to(device, dtype, non_blocking=non_blocking, tail_length=self.tail_length)
-    return self.like(store, pending)
-
-
-def _zero(self: CompressedKV) -> CompressedKV:
-    # A cache is zeroed to be used again from the beginning. Zero keys would still get attention; no entries get none.
-    self.backing, self.waiting = self.store.emptied(self.start + self.length), None
-    return self
-
-
-# Batch rows
-
-
-def _rows(view: CompressedKV, index: Tensor | slice) -> CompressedKV:
-    pending = view.pending
-    if pending is not None:
-        pending = take_rows(pending, index)
-    return view.like(view.store.select_rows(index, view.tail_length), pending)
-
-
-def _index_select(self: CompressedKV, dim: int, index: Tensor) -> Any:
-    return _rows(self, index) if _dim(dim) == 0 and index.dim() == 1 else NotImplemented
-
-
-def _index(self: CompressedKV, indices: Sequence[Tensor | None]) -> Any:
-    index = indices[0] if indices else None
-    if index is None or index.dim() != 1 or any(other is not None for other in indices[1:]):
-        return NotImplemented
-    if index.dtype in (torch.bool, torch.uint8):
-        if index.shape[0] != self.shape[0]:
-            raise IndexError(f"a mask of {index.shape[0]} rows on {self!r}")
-        return _rows(self, index.nonzero()[:, 0])
-    return _rows(self, torch.where(index < 0, index + self.shape[0], index))
-
-
-def _repeat(self: CompressedKV, repeats: Sequence[int]) -> Any:
-    if len(repeats) != 4 or tuple(repeats[1:]) != (1, 1, 1) or repeats[0] < 1:
-        return NotImplemented
-    return repeat_batch(self, repeats[0], interleave=False)
-
-
-def _split(self: CompressedKV, split_size: int | Sequence[int], dim: int = 0) -> Any:
-    if _dim(dim) != 0:
-        return NotImplemented
-    rows = self.shape[0]
-    sizes = (
-        [min(split_size, rows - at) for at in range(0, rows, split_size)]
-        if isinstance(split_size, int)
-        else list(split_size)
-    )
-    bounds = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
-    if bounds[-1] != rows:
-        return NotImplemented
-    return [_rows(self, slice(low, high)) for low, high in pairwise(bounds)]
-
-
-# Slices
-
-
-def _slice(
-    self: CompressedKV,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> Any:
-    dim = _dim(dim)
-    low, high, _ = slice(start, end, step).indices(self.shape[dim])
-    if (low, step) == (0, 1) and high == self.shape[dim]:
-        return _same(self)
-    if dim == 0:
-        return _rows(self, slice(low, high, step))
-    if dim != 2 or step != 1:
-        return NotImplemented
-    return _crop(self, low, max(low, high))
-
-
-def _crop(view: CompressedKV, low: int, high: int) -> CompressedKV:
-    """Keep the logical slots ``low`` to ``high``."""
-    store, start, end = view.store, view.start + low, view.start + high
-    if end >= store.prefix_length:
-        pending = view.waiting
-        if pending is not None and end <= store.prefix_length + pending.base:
-            pending = None
-        return make_view(store, view.kind, high - low, start, pending)
-    if low == high:
-        return make_view(store.emptied(end), view.kind, 0, start)
-    if store.is_complete:
-        return make_view(store.truncate(end), view.kind, high - low, start)
-    removed, crops = view.shape[2] - high, view.start + view.shape[2] - store.prefix_length
-    raise CropError(
-        f"Removing the newest {removed} tokens from {view!r}: only the {crops} tokens appended since the last eviction"
-        f" can be removed, because some entries of the {store.prefix_length} before them no longer exist. Remove fewer"
-        " tokens, deepcopy the cache before going past the point to return to, or run the shorter prompt again."
-    )
-
-
-# Tables
+def _with_heads(view: CompressedKV) -> CompressedKV | None:
+    """Return a view as ``[B, H, L, D]``, its heads perhaps repeated; None if it isn't that."""
+    if isinstance(view, RepeatedKV):
+        return view if view.inserted is None else None
+    return arrange.as_standard(view)
 
 
 def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -268,11 +111,14 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
             "Attention over keys and values of which only one is compressed, or with a compressed query: keys"
             f" {key!r}, values of shape {list(value.shape)}. Pass the cache that the model returned, unmixed."
         )
+    usual = [_with_heads(view) for view in (key, value)]
+    if query.dim() != 4 or usual[0] is None or usual[1] is None:
+        return NotImplemented
     mask = given.get("attn_mask", given.get("attn_bias"))
     out = attend(
         query,
-        key,
-        value,
+        usual[0],
+        usual[1],
         mask,
         given.get("dropout_p", 0.0),
         given.get("is_causal", False),
@@ -286,6 +132,8 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     return (out, *rest)
 
 
+# Tables
+
 _ATTENTION: Final = frozenset(
     {
         aten.scaled_dot_product_attention.default,
@@ -298,24 +146,34 @@ _ATTENTION: Final = frozenset(
     }
 )
 
-_ANY_LAYOUT: Final = frozenset(
-    {aten._to_copy.default, aten.alias.default, aten.clone.default, aten.detach.default, aten.zero_.default}
-)
+_ON_SEVERAL: Final = frozenset({aten.cat.default, aten.stack.default})
 
 _ON_VIEW: Final[Mapping[Any, Handler]] = {
-    aten._to_copy.default: _to_copy,
-    aten.alias.default: _same,
-    aten.cat.default: _cat,
-    aten.clone.default: _same,
-    aten.detach.default: _same,
-    aten.index.Tensor: _index,
-    aten.index_select.default: _index_select,
-    aten.repeat.default: _repeat,
-    aten.slice.Tensor: _slice,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.unsqueeze.default: insert_dim,
-    aten.zero_.default: _zero,
+    aten._to_copy.default: changes.to_copy,
+    aten._unsafe_view.default: arrange.reshape,
+    aten.alias.default: changes.same,
+    aten.cat.default: changes.cat,
+    aten.clone.default: changes.same,
+    aten.detach.default: changes.same,
+    aten.expand.default: expand,
+    aten.index.Tensor: changes.index_rows,
+    aten.index_select.default: changes.select_rows,
+    aten.permute.default: arrange.permute,
+    aten.repeat.default: changes.repeat,
+    aten.select.int: arrange.select,
+    aten.slice.Tensor: changes.slice_dim,
+    aten.split.Tensor: changes.split,
+    aten.split_with_sizes.default: changes.split,
+    aten.squeeze.default: arrange.squeeze_all,
+    aten.squeeze.dim: arrange.squeeze,
+    aten.squeeze.dims: arrange.squeeze_dims,
+    aten.stack.default: changes.stack,
+    aten.t.default: arrange.transpose_matrix,
+    aten.transpose.int: arrange.transpose,
+    aten.unbind.int: arrange.unbind,
+    aten.unsqueeze.default: arrange.insert_dim,
+    aten.view.default: arrange.reshape,
+    aten.zero_.default: changes.zero,
 }
 
 _ON_REPEATED: Final[Mapping[Any, Handler]] = {
@@ -323,6 +181,5 @@ _ON_REPEATED: Final[Mapping[Any, Handler]] = {
     aten.alias.default: copy_repeated,
     aten.clone.default: copy_repeated,
     aten.detach.default: copy_repeated,
-    aten.expand.default: expand,
     aten.view.default: merge_dims,
 }

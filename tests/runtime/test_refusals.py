@@ -28,10 +28,7 @@ REFUSED: dict[str, Callable[[CompressedKV], object]] = {
     "matmul": lambda kv: torch.ones(2, 3, 1, 8).double() @ kv.mT,
     "matmul, values": lambda kv: torch.ones(2, 3, 1, 17).double() @ kv,
     "einsum": lambda kv: torch.einsum("bhld->bhd", kv),
-    "transpose": lambda kv: kv.transpose(1, 2),
-    "permute": lambda kv: kv.permute(0, 2, 1, 3),
     "view": lambda kv: kv.view(2, 3, -1),
-    "flatten": lambda kv: kv.flatten(0, 1),
     "reshape": lambda kv: kv.reshape(-1),
     "one row": lambda kv: kv[0],
     "one slot": lambda kv: kv[:, :, 3],
@@ -72,7 +69,6 @@ REFUSED: dict[str, Callable[[CompressedKV], object]] = {
     "repeat slots": lambda kv: kv.repeat(1, 1, 2, 1),
     "repeat slots, each": lambda kv: kv.repeat_interleave(2, dim=2),
     "expand": lambda kv: kv.expand(3, 2, 3, 17, 8),
-    "a fifth dimension at the end": lambda kv: kv.unsqueeze(-1),
     "heads repeated, then arithmetic": lambda kv: kv.repeat_interleave(2, dim=1) * 2,
     "heads repeated, then append": lambda kv: torch.cat(
         [kv.repeat_interleave(2, dim=1), torch.ones(2, 6, 1, 8).double()], dim=2
