@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Final
 
-from adakv_compile.kernels import attention, compact, decode_attention, extend, observe, prefill_attention, select
+from adakv_compile.kernels import (
+    attend,
+    attention,
+    compact,
+    decode_attention,
+    extend,
+    observe,
+    prefill_attention,
+    select,
+)
 from adakv_compile.kernels._registration import KERNELS, Kernels, OpSpec
 from adakv_compile.kernels._support import Subject, why_unsupported
 
@@ -19,6 +28,7 @@ __all__ = [
     "Kernels",
     "OpSpec",
     "Subject",
+    "attend",
     "attention",
     "compact",
     "decode_attention",
@@ -34,6 +44,7 @@ SPECS: Final[tuple[OpSpec, ...]] = (
     select.SPEC,
     compact.SPEC,
     decode_attention.SPEC,
+    attend.SPEC,
     extend.SPEC,
     prefill_attention.SPEC,
     attention.SPEC,

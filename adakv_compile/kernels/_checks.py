@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-__all__ = ["check_device", "check_grouped", "check_like", "check_mask", "check_shape"]
+__all__ = ["check_device", "check_grouped", "check_like", "check_mask", "check_shape", "check_softmax"]
 
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, expected: tuple[int | None, ...]) -> None:
@@ -81,3 +83,18 @@ def check_mask(
             raise ValueError(f"{op}: padding has shape {list(padding.shape)}; expected [{query.shape[0]}, columns]")
         if padding.dtype != torch.bool:
             raise ValueError(f"{op}: padding is {padding.dtype}; expected torch.bool")
+
+
+def check_softmax(op: str, query: torch.Tensor, sinks: torch.Tensor | None, softcap: float | None) -> None:
+    """Check sinks ``[Hq]`` and a soft cap of logits.
+
+    Raises:
+        ValueError: There is not one floating sink for each query head, on their device, or the cap is not positive.
+    """
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap is {softcap}; expected a positive number")
+    if sinks is not None:
+        check_device(op, query, sinks=sinks)
+        check_shape(op, "sinks", sinks, (query.shape[1],))
+        if not sinks.dtype.is_floating_point:
+            raise ValueError(f"{op}: sinks is {sinks.dtype}; expected a floating dtype")

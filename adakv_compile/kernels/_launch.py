@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["block_of", "dot", "launch"]
+__all__ = ["LOG2E", "block_of", "dot", "factors_of", "launch", "scaled"]
+
+LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 def launch(
@@ -45,7 +48,26 @@ def block_of(size: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(size))
 
 
+def factors_of(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """Return the factors that :func:`scaled` takes: those of products, and of what is capped, if it is."""
+    log2_e = math.log2(math.e)
+    return (scale * log2_e, None) if softcap is None else (scale / softcap, softcap * log2_e)
+
+
 @triton.jit
 def dot(left, right):
     """Product with float32 accumulation; exact products for float32, which tensor cores would round to tf32."""
     return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def scaled(products, scale, softcap):
+    """Return the logits of products in units of log 2, capped unless `softcap` is None; see :func:`factors_of`."""
+    logits = products * scale
+    if softcap is not None:
+        # The exponential alone would lose the digits of logits far below the cap.
+        square = logits * logits
+        near = logits - logits * square * (1.0 / 3.0 - square * (2.0 / 15.0))
+        far = 1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2E)) + 1.0)
+        logits = tl.where(square < 0.01, near, far) * softcap
+    return logits

@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
 
 __all__ = ["Attended", "Entries", "attend", "ragged_entries", "rows_per_block", "tail_entries", "weights"]
@@ -54,8 +55,8 @@ class Attended:
 
     Attributes:
         output: ``[B * H, R, Dv]`` float32 (float64 for float64 inputs); zeros where nothing is visible.
-        peak: ``[B * H, R]``, the largest visible logit, or a finite number where there is none.
-        mass: ``[B * H, R]``, sum of ``exp(logit - peak)``.
+        peak: ``[B * H, R]``, the largest visible logit or sink, or a finite number where there is none.
+        mass: ``[B * H, R]``, sum of ``exp(logit - peak)``, that of the sink included.
     """
 
     output: torch.Tensor
@@ -64,9 +65,9 @@ class Attended:
 
 
 def ragged_entries(
-    keys: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, positions: torch.Tensor
+    keys: torch.Tensor, values: torch.Tensor, offsets: torch.Tensor, positions: torch.Tensor, *, past: bool = True
 ) -> list[Entries]:
-    """Cut the kept entries ``[B, N, D]`` into pieces."""
+    """Cut the kept entries ``[B, N, D]`` into pieces; ``past`` as in :class:`Entries`."""
     batch, slots = positions.shape
     num_heads = offsets.shape[1] - 1
     device = keys.device
@@ -92,7 +93,7 @@ def ragged_entries(
                 values=flat_values[: count * chunk].unflatten(0, (count, chunk)),
                 positions=flat_positions[: count * chunk].unflatten(0, (count, chunk)),
                 used=inside[:, None],
-                past=True,
+                past=past,
                 complete=False,
             )
         )
@@ -113,7 +114,7 @@ def ragged_entries(
             values=flat_values.index_select(0, index).unflatten(0, shape),
             positions=flat_positions.index_select(0, index).unflatten(0, shape),
             used=used,
-            past=True,
+            past=past,
             complete=True,
         )
     )
@@ -141,30 +142,31 @@ def rows_per_block(entries: list[Entries], group: int, count: int) -> int:
     return max(1, min(count, _MAX_BLOCK_ELEMENTS // max(1, sum(widths) * group)))
 
 
-def logits_of(part: Entries, query: torch.Tensor, visibility: Visibility) -> torch.Tensor:
+def logits_of(part: Entries, query: torch.Tensor, softmax: Softmax, visibility: Visibility) -> torch.Tensor:
     """Return the logits ``[n, R, C]`` of scaled queries ``[B * H, R, D]``, ``-inf`` where not visible or not used."""
     rows = query if part.complete else query.index_select(0, part.owner)
     logits = torch.bmm(rows, part.keys.mT)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = softmax.cap(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     visibility.hide(logits, part.owner, part.positions, part.past)
     if part.used is not None and part.used.shape[1] > 1:
         logits.masked_fill_(~part.used[:, None], -torch.inf)
     return logits
 
 
-def attend(entries: list[Entries], query: torch.Tensor, visibility: Visibility) -> Attended:
+def attend(entries: list[Entries], query: torch.Tensor, softmax: Softmax, visibility: Visibility) -> Attended:
     """Attend to all entries.
 
     Args:
         entries: Every visible entry of every head once.
         query: ``[B * H, R, Dk]``, scaled; ``R = G * T`` rows, heads of the group outermost.
+        softmax: What becomes of its products with the keys.
         visibility: What the rows see.
     """
     peaks: list[torch.Tensor] = []
     masses: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
     for part in entries:
-        logits = logits_of(part, query, visibility)
+        logits = logits_of(part, query, softmax, visibility)
         # The lowest float stands for "nothing visible": differences to it are finite.
         peak = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)
         logits.sub_(peak[..., None]).exp_()
@@ -178,7 +180,7 @@ def attend(entries: list[Entries], query: torch.Tensor, visibility: Visibility) 
         peaks.append(peak)
         masses.append(mass)
         sums.append(summed)
-    return _merge([part.owner for part in entries], peaks, masses, sums, query.shape[0])
+    return _merge([part.owner for part in entries], peaks, masses, sums, query.shape[0], softmax, visibility)
 
 
 def _merge(
@@ -187,24 +189,33 @@ def _merge(
     masses: list[torch.Tensor],
     sums: list[torch.Tensor],
     num_heads: int,
+    softmax: Softmax,
+    visibility: Visibility,
 ) -> Attended:
     owner, peak = torch.cat(owners), torch.cat(peaks)
     rows = peak.shape[1]
     lowest = torch.finfo(peak.dtype).min
     top = peak.new_full((num_heads, rows), lowest)
     top.scatter_reduce_(0, owner[:, None].expand(-1, rows), peak, "amax")
+    sinks = softmax.sinks_of_rows(visibility.num_heads, visibility.rows, top)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
     factor = (peak - top.index_select(0, owner)).exp_()
     mass = peak.new_zeros((num_heads, rows)).index_add_(0, owner, torch.cat(masses) * factor)
+    if sinks is not None:
+        mass += (sinks - top).exp_()
     output = sums[0].new_zeros((num_heads, *sums[0].shape[1:]))
     output.index_add_(0, owner, torch.cat(sums).mul_(factor[..., None]))
-    # At least one term of a visible row is exp(0): a smaller sum means that nothing is visible.
+    # At least one term is exp(0), of a visible entry or the sink: a smaller sum means that there is neither.
     output /= mass.clamp(min=0.5)[..., None]
     return Attended(output, top, mass)
 
 
-def weights(part: Entries, query: torch.Tensor, visibility: Visibility, attended: Attended) -> torch.Tensor:
+def weights(
+    part: Entries, query: torch.Tensor, softmax: Softmax, visibility: Visibility, attended: Attended
+) -> torch.Tensor:
     """Return the attention weights ``[n, R, C]`` of a part, 0 where not visible or not used."""
-    logits = logits_of(part, query, visibility)
+    logits = logits_of(part, query, softmax, visibility)
     peak, mass = attended.peak[part.owner], attended.mass[part.owner].clamp(min=0.5)
     found = logits.sub_(peak[..., None]).exp_().div_(mass[..., None])
     return found if part.used is None else found.masked_fill_(~part.used[:, None], 0.0)

@@ -23,15 +23,17 @@ def window_scores(
     scale: float,
     visible: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     gqa: Gqa = "mean",
     query_valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the attention that the window pays to every key, one number per KV head and key.
 
-    Softmax in float32 over all keys (the window's own included), then the mean over the valid
-    queries of the window, then mean or max over the query heads that share a KV head (Ada-KV,
-    Algorithm 2, in the order of the reference code). Keys are never expanded over the group: the
-    group is folded into the query rows.
+    Softmax in float32 over all keys (the window's own included) and the sink, if there is one,
+    then the mean over the valid queries of the window, then mean or max over the query heads that
+    share a KV head (Ada-KV, Algorithm 2, in the order of the reference code). Keys are never
+    expanded over the group: the group is folded into the query rows.
 
     Args:
         query: ``[B, Hq, W, D]``, the queries of the observation window.
@@ -40,7 +42,9 @@ def window_scores(
         scale: Factor on the logits.
         visible: Bool ``[B | 1, Hq | Hkv | 1, W | 1, L | 1]``, True where a query may attend to a
             key. None: everywhere.
-        bias: Float, added to the logits, broadcastable like ``visible``; ``-inf`` hides a key, too.
+        bias: Float, added to the capped logits, broadcastable like ``visible``; ``-inf`` hides a key, too.
+        softcap: Logits are ``softcap * tanh(scale * product / softcap)``. None: they are not capped.
+        sinks: Floating ``[Hq]``, one more logit of each query head, of no key; it takes its share of the softmax.
         gqa: Reduction over the group, ``"mean"`` or ``"max"``.
         query_valid: Bool ``[B, W]``, False for queries that are padding: they are not counted.
             None: all valid.
@@ -62,15 +66,16 @@ def window_scores(
     mask = None if visible is None else _per_group(visible, num_kv_heads, group)
     extra = None if bias is None else _per_group(bias, num_kv_heads, group)
     counted = None if query_valid is None else query_valid[:, None, None, :, None]
+    sink = None if sinks is None else sinks.float().reshape(1, num_kv_heads, group, 1, 1)
     rows, heads = _block_shape(grouped, key)
     if rows >= key.shape[0] and heads >= num_kv_heads:
-        return _block_scores(grouped, key, scale, mask, extra, counted, gqa)
+        return _block_scores(grouped, key, scale, softcap, mask, extra, counted, sink, gqa)
     scores = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     for row in range(0, key.shape[0], rows):
         for head in range(0, num_kv_heads, heads):
             part = (slice(row, row + rows), slice(head, head + heads))
-            masks = _cut(mask, part), _cut(extra, part), _cut(counted, part)
-            scores[part] = _block_scores(grouped[part], key[part], scale, *masks, gqa)
+            masks = _cut(mask, part), _cut(extra, part), _cut(counted, part), _cut(sink, part)
+            scores[part] = _block_scores(grouped[part], key[part], scale, softcap, *masks, gqa)
     return scores
 
 
@@ -108,15 +113,19 @@ def _block_scores(
     query: torch.Tensor,
     key: torch.Tensor,
     scale: float,
+    softcap: float | None,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     counted: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     gqa: Gqa,
 ) -> torch.Tensor:
-    """Score ``[b, h, G, W, D]`` on ``[b, h, L, D]``; masks broadcast to ``[b, h, G, W, L]``."""
+    """Score ``[b, h, G, W, D]`` on ``[b, h, L, D]``; masks and sinks broadcast to ``[b, h, G, W, L]``."""
     window = query.shape[3]
     rows = (query.float() * scale).flatten(2, 3)
     logits = (rows @ key.float().mT).view(*query.shape[:-1], key.shape[2])
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         logits += bias
     if mask is not None:
@@ -128,8 +137,13 @@ def _block_scores(
         logits.masked_fill_(~counted, -torch.inf)
         num_queries = counted.sum(-2, keepdim=True).clamp(min=1)
     peak = logits.amax(-1, keepdim=True)
-    logits.sub_(peak.masked_fill_(peak == -torch.inf, 0.0)).exp_()
+    if sinks is not None:
+        peak = torch.maximum(peak, sinks)
+    peak = peak.masked_fill_(peak == -torch.inf, 0.0)
+    logits.sub_(peak).exp_()
     mass = logits.sum(-1, keepdim=True)
+    if sinks is not None:
+        mass += (sinks - peak).exp_()
     mass = mass.masked_fill_(mass == 0, 1.0) * num_queries
     per_head = (mass.reciprocal().mT @ logits).squeeze(-2)
     return per_head.amax(2) if gqa == "max" else per_head.mean(2)

@@ -24,10 +24,11 @@ _PROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call and what the name of its kernel says of it."""
+    """A call and what the name of its kernel says of it; with a soft cap and sinks, or neither."""
 
     name: str
     shape: Shape
+    capped: bool = False
 
 
 def _calls() -> list[_Call]:
@@ -67,7 +68,19 @@ def _calls() -> list[_Call]:
     }
     exact = ("step", "step, D256", "step, padding, window", "5 tokens", "64 tokens", "4096 tokens, D256")
     calls |= {f"{name}, fp32": replace(calls[name], dtype=torch.float32) for name in exact}
-    return [_Call(name, shape) for name, shape in calls.items()]
+    capped = (
+        "step",
+        "step, D256",
+        "step, padding, window",
+        "step, fp32",
+        "64 tokens",
+        "64 tokens, D256",
+        "4096 tokens",
+    )
+    return [
+        *(_Call(name, shape) for name, shape in calls.items()),
+        *(_Call(f"{name}, soft cap, sinks", calls[name], capped=True) for name in capped),
+    ]
 
 
 def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
@@ -81,9 +94,15 @@ def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
     }
     types = dict.fromkeys(_POINTERS, f"*{_TYPES[shape.dtype]}")
     types |= dict.fromkeys(_INDICES, "*i32") | dict.fromkeys(("sums", "partial", "partial_sums"), "*fp32")
-    types |= dict.fromkeys((*_INTEGERS, *_COLUMNS), "i32") | strides | {"scale": "fp32", "padding": "*i1"}
+    types |= (
+        dict.fromkeys((*_INTEGERS, *_COLUMNS), "i32")
+        | strides
+        | {"scale": "fp32", "softcap": "fp32", "padding": "*i1", "sinks": "*bf16"}
+    )
     # What the launcher passes as None, and the strides that Triton makes constants of.
     absent: dict[str, Any] = {}
+    if not call.capped:
+        absent |= {"softcap": None, "sinks": None}
     if shape.mask is None:
         absent["mask"] = None
     else:

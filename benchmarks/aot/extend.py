@@ -1,4 +1,4 @@
-"""Kernels of ``adakv::extend_v1`` as launched for the shapes of known models; it also launches those of other ops."""
+"""Kernels of ``adakv::extend_v2`` as launched for the shapes of known models; it also launches those of other ops."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from benchmarks.aot.kernel import Kernel
 __all__ = ["kernels"]
 
 _NAMES: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# Dtype, head dimension, group, window, reduction over the group, and what hides entries: rows that make one block,
-# several blocks of whole windows, and several of parts of one.
+# Dtype, head dimension, group, window, reduction over the group, and what hides entries or caps logits: rows that make
+# one block, several blocks of whole windows, and several of parts of one.
 _SHAPES: Final = (
     (torch.bfloat16, 64, 8, 32, "max", "window"),
     (torch.bfloat16, 80, 1, 32, "mean", "padding"),
@@ -26,6 +26,9 @@ _SHAPES: Final = (
     (torch.bfloat16, 128, 8, 64, "mean", "mask"),
     (torch.bfloat16, 128, 2, 256, "max", "bias"),
     (torch.bfloat16, 256, 8, 32, "max", "window"),
+    (torch.bfloat16, 128, 4, 32, "mean", "cap"),
+    (torch.bfloat16, 256, 2, 32, "max", "window cap"),
+    (torch.float32, 256, 2, 32, "max", "window cap"),
     (torch.float16, 128, 4, 32, "mean", ""),
     (torch.float32, 64, 8, 32, "mean", "padding"),
     (torch.float32, 128, 4, 32, "max", ""),
@@ -61,7 +64,7 @@ def _scoring(
     # Triton takes a stride of 1 for a constant.
     constants = constants_of(blocks, scoring) | {"query_stride_d": 1}
     types = {"mask": "*u1" if mask == torch.bool else f"*{_NAMES[dtype]}", "padding": "*u1"}
-    absent = {"mask": mask is None, "padding": not scoring.padded}
+    absent = {"mask": mask is None, "padding": not scoring.padded, "softcap": "cap" not in hidden}
     constants |= {name: None for name, missing in absent.items() if missing}
     names = [name for name in score_held.arg_names if name not in constants]
     return Kernel(
@@ -97,7 +100,7 @@ def _type(argument: str, dtype: str) -> str:
         return "*fp32"
     if argument == "held":
         return "*u8"
-    if argument == "scale":
+    if argument in ("scale", "softcap"):
         return "fp32"
     if argument.startswith(("query_stride", "key_stride", "value_stride")):
         return "i64:16"

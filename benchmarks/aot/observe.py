@@ -1,4 +1,4 @@
-"""Kernels of ``adakv::observe_v2`` as launched for the shapes of known models."""
+"""Kernels of ``adakv::observe_v3`` as launched for the shapes of known models."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ __all__ = ["kernels"]
 
 # Name, bytes, pointer type.
 _DTYPES: Final = (("bf16", 2), ("fp16", 2), ("fp32", 4))
-# Head dimension, group, window, reduction over the group, padding and sliding window: a group whose rows make one block
+# Head dimension, group, window, reduction over the group, padding and sliding window, soft cap: a group whose rows make one block
 # and one whose rows make several, of whole windows or of parts of one; the mean and the maximum of each.
 _SHAPES: Final = (
-    (32, 1, 32, "mean", False),
-    (64, 4, 32, "max", True),
-    (80, 1, 32, "mean", True),
-    (96, 4, 32, "mean", False),
-    (112, 8, 32, "max", False),
-    (128, 4, 32, "mean", False),
-    (128, 4, 32, "max", True),
-    (128, 8, 32, "mean", False),
-    (128, 8, 32, "max", True),
-    (128, 2, 512, "max", True),
-    (256, 2, 32, "mean", False),
-    (256, 8, 32, "max", True),
+    (32, 1, 32, "mean", False, False),
+    (64, 4, 32, "max", True, False),
+    (80, 1, 32, "mean", True, False),
+    (96, 4, 32, "mean", False, False),
+    (112, 8, 32, "max", False, False),
+    (128, 4, 32, "mean", False, False),
+    (128, 4, 32, "max", True, False),
+    (128, 8, 32, "mean", False, False),
+    (128, 8, 32, "max", True, False),
+    (128, 2, 512, "max", True, False),
+    (256, 2, 32, "mean", False, False),
+    (256, 8, 32, "max", True, False),
+    (128, 4, 32, "mean", False, True),
+    (256, 2, 32, "max", True, True),
+    (256, 8, 32, "mean", False, True),
 )
 
 
@@ -43,12 +46,14 @@ def kernels(capability: tuple[int, int]) -> list[Kernel]:
     ]
     target = Target(capability, 1)
     for dtype, itemsize in _DTYPES:
-        for head_dim, group, window, reduction, masked in _SHAPES:
+        for head_dim, group, window, reduction, masked, capped in _SHAPES:
             if dtype == "fp16" and head_dim != 128:
                 continue
             config = config_of(target, itemsize, head_dim)
-            what = f"{dtype} D{head_dim} G{group} W{window}{' masked' if masked else ''}"
-            absent = {"stride_qd": 1, "stride_kd": 1}
+            what = f"{dtype} D{head_dim} G{group} W{window}{' masked' * masked}{' capped' * capped}"
+            absent: dict[str, int | None] = {"stride_qd": 1, "stride_kd": 1}
+            if not capped:
+                absent["softcap"] = None
             if not masked:
                 absent |= {"padding": None, "stride_pb": 0, "stride_pl": 0}
             for name, function, (blocks, constants), chosen in (
@@ -83,6 +88,6 @@ def _type(argument: str, dtype: str) -> str:
         return "*u8"
     if argument in ("partials", "lse", "scores"):
         return "*fp32"
-    if argument in ("scale", "to_base_2"):
+    if argument in ("scale", "softcap", "to_base_2"):
         return "fp32"
     return "i32:16" if argument.startswith(("stride_q", "stride_k")) else "i32"

@@ -90,12 +90,12 @@ def _scores(run: Run, attention: Attention, context: int, bandwidth: float) -> N
     keys = _random(run, copies, 1, heads, context, dim)
     # Of normal numbers; what exactly it is does not matter for the time.
     lse = torch.full(queries[0].shape[:3], math.log(context) + 0.5, device=run.device)
-    op, portable = run.op("observe_v2"), torch.ops.adakv.observe_v2.portable
-    rest = (dim**-0.5, None, policy.encode())
+    op, portable = run.op("observe_v3"), torch.ops.adakv.observe_v3.portable
+    rest = (None, dim**-0.5, None, None, policy.encode())
     contenders = {
-        "adakv": _each(op, queries, keys, rest=(None, None, *rest)),
-        "adakv, sums given": _each(op, queries, keys, rest=(None, lse, *rest)),
-        "portable": _each(portable, queries, keys, rest=(None, None, *rest)),
+        "adakv": _each(op, queries, keys, rest=(None, None, None, *rest)),
+        "adakv, sums given": _each(op, queries, keys, rest=(None, None, lse, *rest)),
+        "portable": _each(portable, queries, keys, rest=(None, None, None, *rest)),
         "eager": _each(_eager_scores, queries, keys),
     }
     _measure(run, "observe", contenders, size, bandwidth, context=context)

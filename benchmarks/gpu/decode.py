@@ -133,7 +133,7 @@ def _ours(run: Run, attention: Attention, case: Case, lengths: list[list[int]], 
     cursors[:, 1] = case.context
     query = random(case.batch, attention.query_heads, 1, dim)
     new = [random(case.batch, heads, 1, dim) for _ in range(2)]
-    op = run.op("decode_attention_v1")
+    op = run.op("decode_attention_v2")
     calls = [
         functools.partial(
             op,
@@ -148,7 +148,9 @@ def _ours(run: Run, attention: Attention, case: Case, lengths: list[list[int]], 
             cursors[i],
             None,
             None,
+            None,
             dim**-0.5,
+            None,
             None,
         )
         for i in range(copies)

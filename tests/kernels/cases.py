@@ -29,8 +29,10 @@ class Case:
     cursor: torch.Tensor
     mask: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
     scale: float = 0.3
     sliding_window: int | None = None
+    softcap: float | None = None
 
     @property
     def length(self) -> int:
@@ -38,7 +40,7 @@ class Case:
         return int(self.cursor.sum()) + self.query.shape[2]
 
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of ``decode_attention_v1``, its mutated ones cloned."""
+        """The arguments of ``decode_attention_v2``, its mutated ones cloned."""
         clone = dataclasses.replace(
             self,
             tail_keys=self.tail_keys.clone(),
@@ -47,8 +49,17 @@ class Case:
         )
         return tuple(getattr(clone, field.name) for field in dataclasses.fields(clone))
 
+    def attend_arguments(self) -> tuple[Any, ...]:
+        """The arguments of ``attend_v1`` for the same queries over a store that has taken the new tokens."""
+        values = list(self.arguments())
+        start, end = int(self.cursor[0]), int(self.cursor[0]) + self.query.shape[2]
+        values[7][:, :, start:end] = self.key_new
+        values[8][:, :, start:end] = self.value_new
+        values[9][0] = end
+        return (values[0], *values[3:])
+
     def extend_arguments(self, policy: Policy, evict: bool = True) -> tuple[Any, ...]:
-        """The arguments of ``extend_v1``."""
+        """The arguments of ``extend_v2``."""
         values = list(self.arguments())
         tail_length, prefix_length = self.cursor.tolist()
         return (*values[:9], tail_length, prefix_length, *values[10:], policy.encode(), evict)
@@ -154,6 +165,8 @@ def dense(case: Case) -> Dense:
         for head in range(num_query_heads):
             for step in range(count):
                 logits = keys[row, head // group] @ case.query[row, head, step].double() * case.scale
+                if case.softcap is not None:
+                    logits = case.softcap * torch.tanh(logits / case.softcap)
                 seen = held[row, head // group].clone()
                 if case.mask is None:
                     place = length - count + step
@@ -177,6 +190,7 @@ def dense(case: Case) -> Dense:
                     seen[length - known :] &= line[columns - known :]
                 logits[~seen] = -torch.inf
                 if (logits > -torch.inf).any():
-                    weights[row, head, step] = logits.softmax(-1)
+                    sink = logits.new_tensor([]) if case.sinks is None else case.sinks[head : head + 1].double()
+                    weights[row, head, step] = torch.cat((logits, sink)).softmax(-1)[:length]
     output = weights.unflatten(1, (num_heads, group)) @ values.unsqueeze(2)
     return Dense(keys, values, held, weights, output.flatten(1, 2))

@@ -37,7 +37,7 @@ def test_a_store_that_is_not_contiguous_is_named(name: str) -> None:
     strided = given.repeat_interleave(2, -1)[..., ::2]
     assert not strided.is_contiguous()
     with pytest.raises(ValueError, match=f"decode_attention: {name} has strides .* expected contiguous"):
-        OPS.decode_attention_v1.triton(*arguments(**{name: strided}))
+        OPS.decode_attention_v2.triton(*arguments(**{name: strided}))
 
 
 @pytest.mark.parametrize("name", ["key_new", "value_new", "positions", "offsets", "tail_values"])
@@ -88,7 +88,7 @@ def test_what_is_not_served_falls_back_and_is_refused_by_name(dtype: torch.dtype
     query = torch.randn(1, 4, 30, dim, dtype=dtype)
     positions, offsets = OPS.select_v1(torch.rand(1, 2, 30), None, None, POLICY.encode())
     calls = {
-        "observe_v2": (query, key, None, None, 0.3, None, POLICY.encode()),
+        "observe_v3": (query, key, None, None, None, None, 0.3, None, None, POLICY.encode()),
         "compact_v1": (key, value, positions, offsets),
     }
     for spec in SPECS:

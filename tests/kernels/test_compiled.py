@@ -23,7 +23,7 @@ POLICY = Policy(budget=12, window=4)
 def step(*arguments: Any) -> torch.Tensor:
     """What surrounds the op in a model: pointwise work before and after."""
     query, rest = arguments[0], arguments[1:]
-    return torch.ops.adakv.decode_attention_v1(query * 1.0, *rest).transpose(1, 2).relu()
+    return torch.ops.adakv.decode_attention_v2(query * 1.0, *rest).transpose(1, 2).relu()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -48,8 +48,8 @@ def test_inductor_copies_nothing_of_the_store(dynamic: bool) -> None:
         compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
         _, sources = run_and_get_code(compiled, *arguments)
     source = "\n".join(sources)
-    assert source.count("torch.ops.adakv.decode_attention_v1.default(") == 1
-    call = re.search(r"decode_attention_v1\.default\((.*?)\)\n", source)
+    assert source.count("torch.ops.adakv.decode_attention_v2.default(") == 1
+    call = re.search(r"decode_attention_v2\.default\((.*?)\)\n", source)
     assert call is not None
     passed = [name.strip() for name in call.group(1).split(",")]
     # The store's tensors reach the op as the graph's own inputs (renumbered by Inductor, hence the pattern).
@@ -67,7 +67,7 @@ def test_several_layers_share_nothing() -> None:
     def layers(first: tuple[Any, ...], second: tuple[Any, ...]) -> torch.Tensor:
         hidden = step(*first).transpose(1, 2)
         query = torch.nn.functional.pad(hidden, (0, 2)) + second[0]
-        return torch.ops.adakv.decode_attention_v1(query, *second[1:])
+        return torch.ops.adakv.decode_attention_v2(query, *second[1:])
 
     eager = [case.arguments() for case in cases]
     compiled = [case.arguments() for case in cases]
@@ -87,7 +87,7 @@ def test_prefill_and_extension(backend: str) -> None:
     text = POLICY.encode()
 
     def prefill(query: Any, key: Any, value: Any) -> Any:
-        scores = torch.ops.adakv.observe_v2(query, key, None, None, 0.3, None, text)
+        scores = torch.ops.adakv.observe_v3(query, key, None, None, None, None, 0.3, None, None, text)
         positions, offsets = torch.ops.adakv.select_v1(scores, None, None, text)
         return (*torch.ops.adakv.compact_v1(key, value, positions, offsets), positions, offsets)
 
@@ -102,7 +102,7 @@ def test_prefill_and_extension(backend: str) -> None:
     arguments = ragged_case(LENGTHS, count=5, poison=False).extend_arguments(POLICY)
 
     def extension(*values: Any) -> Any:
-        return torch.ops.adakv.extend_v1(*values[:9], 3, 200, *values[11:])
+        return torch.ops.adakv.extend_v2(*values[:9], 3, 200, *values[11:])
 
     with torch.no_grad():
         found = torch.compile(extension, backend=backend, fullgraph=True)(*arguments)
@@ -114,7 +114,7 @@ def test_no_recompilation_as_the_prompt_grows() -> None:
     counter = torch._dynamo.testing.CompileCounter()
 
     def prefill(query: Any, key: Any) -> Any:
-        scores = torch.ops.adakv.observe_v2(query, key, None, None, 0.3, None, text)
+        scores = torch.ops.adakv.observe_v3(query, key, None, None, None, None, 0.3, None, None, text)
         return torch.ops.adakv.select_v1(scores, None, None, text)
 
     compiled = torch.compile(prefill, backend=counter, fullgraph=True)

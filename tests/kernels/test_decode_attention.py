@@ -188,7 +188,7 @@ def test_random_shapes() -> None:
 def test_more_than_the_capacity_is_refused() -> None:
     case = ragged_case(LENGTHS["even"], count=3, tail=22)
     with pytest.raises(ValueError, match="22 tail entries and 3 new ones exceed the capacity 24"):
-        torch.ops.adakv.decode_attention_v1(*case.arguments())
+        torch.ops.adakv.decode_attention_v2(*case.arguments())
 
 
 @pytest.mark.parametrize(
@@ -209,4 +209,4 @@ def test_more_than_the_capacity_is_refused() -> None:
 def test_arguments_are_checked(name: str, value: torch.Tensor, message: str) -> None:
     case = dataclasses.replace(ragged_case(LENGTHS["even"]), **{name: value})
     with pytest.raises(ValueError, match=f"decode_attention: {message}"):
-        torch.ops.adakv.decode_attention_v1(*case.arguments())
+        torch.ops.adakv.decode_attention_v2(*case.arguments())

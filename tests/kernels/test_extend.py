@@ -51,7 +51,7 @@ def expected_keep(case: Case, policy: Policy, truth: Dense) -> torch.Tensor:
 def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     arguments = case.extend_arguments(policy)
     before = [value.clone() for value in arguments if isinstance(value, torch.Tensor)]
-    output, keys, values, offsets, positions = torch.ops.adakv.extend_v1(*arguments)
+    output, keys, values, offsets, positions = torch.ops.adakv.extend_v2(*arguments)
     truth = dense(case)
     assert_near(output, truth.output, dtype)
     keep = expected_keep(case, policy, truth)
@@ -105,7 +105,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_the_budget(dtype: torch.dtype) -> None:
     case, policy = ragged_case(LENGTHS, count=5, dtype=dtype), policy_of()
-    output, keys, _, offsets, _ = torch.ops.adakv.extend_v1(*case.extend_arguments(policy))
+    output, keys, _, offsets, _ = torch.ops.adakv.extend_v2(*case.extend_arguments(policy))
     assert_near(output, dense(case).output, dtype)
     assert keys.dtype == dtype
     assert offsets[:, -1].tolist() == [120, 120]
@@ -159,7 +159,7 @@ def test_mask(kind: str) -> None:
 def test_without_eviction_everything_stays() -> None:
     case = ragged_case(LENGTHS, count=5)
     arguments = case.extend_arguments(policy_of(), evict=False)
-    _, keys, values, offsets, positions = torch.ops.adakv.extend_v1(*arguments)
+    _, keys, values, offsets, positions = torch.ops.adakv.extend_v2(*arguments)
     assert keys.shape[1] == 120 + 3 * 8
     assert (offsets[:, -1] == 120 + 3 * 8).all()
     truth = dense(case)
@@ -172,7 +172,7 @@ def test_without_eviction_everything_stays() -> None:
 
 def test_rows_are_independent() -> None:
     case, policy = ragged_case(LENGTHS, count=9), policy_of()
-    both = torch.ops.adakv.extend_v1(*case.extend_arguments(policy))
+    both = torch.ops.adakv.extend_v2(*case.extend_arguments(policy))
     for row in range(2):
         fields = {
             field.name: getattr(case, field.name)[row : row + 1]
@@ -180,7 +180,7 @@ def test_rows_are_independent() -> None:
             if isinstance(getattr(case, field.name), torch.Tensor) and field.name != "cursor"
         }
         alone = dataclasses.replace(case, **fields)
-        single = torch.ops.adakv.extend_v1(*alone.extend_arguments(policy))
+        single = torch.ops.adakv.extend_v2(*alone.extend_arguments(policy))
         for one, other in zip(both, single, strict=True):
             torch.testing.assert_close(one[row : row + 1], other)
 
@@ -188,7 +188,7 @@ def test_rows_are_independent() -> None:
 def test_decode_after_extension() -> None:
     case = ragged_case(LENGTHS, count=9)
     arguments = case.extend_arguments(policy_of())
-    _, keys, values, offsets, positions = torch.ops.adakv.extend_v1(*arguments)
+    _, keys, values, offsets, positions = torch.ops.adakv.extend_v2(*arguments)
     step = dataclasses.replace(
         ragged_case(LENGTHS, count=1, tail=0, prefix_length=case.length, seed=9),
         keys=keys,
@@ -196,11 +196,11 @@ def test_decode_after_extension() -> None:
         offsets=offsets,
         positions=positions,
     )
-    output = torch.ops.adakv.decode_attention_v1(*step.arguments())
+    output = torch.ops.adakv.decode_attention_v2(*step.arguments())
     assert_near(output, dense(step).output, torch.float32)
 
 
 def test_arguments_are_checked() -> None:
     case = dataclasses.replace(ragged_case(LENGTHS), query=torch.zeros(2, 4, 1, 8))
     with pytest.raises(ValueError, match="extend: query heads 4 not a multiple of KV heads 3"):
-        torch.ops.adakv.extend_v1(*case.extend_arguments(policy_of()))
+        torch.ops.adakv.extend_v2(*case.extend_arguments(policy_of()))

@@ -1,4 +1,4 @@
-"""Observe, select and compact: what a prefill keeps."""
+"""Select and compact: what a prefill keeps."""
 
 from __future__ import annotations
 
@@ -8,83 +8,8 @@ import pytest
 import torch
 
 from adakv_compile.policy import Policy, layer_budget, layer_capacity
-from tests.kernels.tolerances import assert_near
 
 OPS = torch.ops.adakv
-
-
-def inputs(queries: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(queries * 1000 + length)
-    query = torch.randn(2, 6, queries, 8, generator=random, dtype=torch.float64)
-    key = torch.randn(2, 3, length, 8, generator=random, dtype=torch.float64)
-    return query.to(dtype), key.to(dtype)
-
-
-def observed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    padding: torch.Tensor | None,
-    scale: float,
-    sliding_window: int | None,
-    policy: Policy,
-) -> torch.Tensor:
-    """Loop over rows, heads and queries in float64."""
-    batch, num_heads, length = key.shape[:3]
-    group, count = query.shape[1] // num_heads, query.shape[2]
-    scores = torch.zeros(batch, num_heads, length, dtype=torch.float64)
-    for row in range(batch):
-        for head in range(num_heads):
-            members: list[torch.Tensor] = []
-            for member in range(group):
-                found: list[torch.Tensor] = []
-                for step in range(max(0, count - policy.window), count):
-                    place = length - count + step
-                    if place < 0 or (padding is not None and not padding[row, place]):
-                        continue
-                    first = 0 if sliding_window is None else max(0, place - sliding_window + 1)
-                    seen = torch.zeros(length, dtype=torch.bool)
-                    seen[first : place + 1] = True
-                    if padding is not None:
-                        seen &= padding[row]
-                    logits = key[row, head].double() @ query[row, head * group + member, step].double()
-                    found.append((logits * scale).masked_fill(~seen, -torch.inf).softmax(-1))
-                if found:
-                    members.append(torch.stack(found).mean(0))
-            if members:
-                stacked = torch.stack(members)
-                scores[row, head] = stacked.amax(0) if policy.gqa == "max" else stacked.mean(0)
-    return scores
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("sliding_window", [None, 3, 21])
-@pytest.mark.parametrize(("queries", "length"), [(20, 20), (3, 20), (1, 20), (1, 1), (40, 20), (40, 2)])
-def test_observe(queries: int, length: int, sliding_window: int | None, padded: bool) -> None:
-    query, key = inputs(queries, length)
-    padding = torch.ones(2, length, dtype=torch.bool) if padded else None
-    if padding is not None:
-        padding[0, : length // 2] = False
-        padding[1, -1] = False
-    for gqa in ("mean", "max"):
-        policy = Policy(budget=16, window=8, gqa=gqa)
-        scores = OPS.observe_v2(query, key, padding, None, 0.4, sliding_window, policy.encode())
-        assert scores.dtype == torch.float32
-        truth = observed(query, key, padding, 0.4, sliding_window, policy)
-        assert_near(scores, truth, torch.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_observe_in_half_precision(dtype: torch.dtype) -> None:
-    query, key = inputs(20, 20, dtype)
-    policy = Policy(budget=16, window=8)
-    scores = OPS.observe_v2(query, key, None, None, 0.4, None, policy.encode())
-    assert_near(scores, observed(query, key, None, 0.4, None, policy), torch.float32)
-
-
-def test_streaming_needs_no_scores() -> None:
-    query, key = inputs(20, 20)
-    policy = Policy(method="streamingllm", budget=16, window=8).encode()
-    assert not OPS.observe_v2(query * torch.nan, key, None, None, 0.4, None, policy).any()
 
 
 @pytest.mark.parametrize("method", ["ada-snapkv", "snapkv", "ada-pyramid", "pyramidkv", "streamingllm"])
@@ -168,13 +93,7 @@ def test_compact(contiguous: bool) -> None:
 
 def test_arguments_are_checked() -> None:
     policy = Policy(budget=12, window=4).encode()
-    query, key = inputs(5, 20)
-    with pytest.raises(ValueError, match="observe: query heads 4 not a multiple of KV heads 3"):
-        OPS.observe_v2(query[:, :4], key, None, None, 1.0, None, policy)
-    with pytest.raises(ValueError, match=r"observe: key is torch\.float64; expected torch\.float32"):
-        OPS.observe_v2(query, key.double(), None, None, 1.0, None, policy)
-    with pytest.raises(ValueError, match=r"observe: padding has shape \[2, 19\]; expected \[2, 20\]"):
-        OPS.observe_v2(query, key, torch.ones(2, 19, dtype=torch.bool), None, 1.0, None, policy)
+    key = torch.rand(2, 3, 20, 8)
     with pytest.raises(ValueError, match=r"select: scores has shape \[2, 3\]; expected \[\*, \*, \*\]"):
         OPS.select_v1(torch.rand(2, 3), None, None, policy)
     with pytest.raises(ValueError, match=r"select: padding is torch\.float32; expected torch\.bool"):

@@ -1,4 +1,4 @@
-"""The op ``adakv::decode_attention_v1``: contract in ``op``, plain PyTorch in ``reference``."""
+"""The op ``adakv::decode_attention_v2``: contract in ``op``, plain PyTorch in ``reference``."""
 
 from __future__ import annotations
 

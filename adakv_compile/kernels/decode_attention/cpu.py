@@ -7,8 +7,9 @@ from typing import Final
 
 import torch
 
-from adakv_compile.kernels._checks import check_mask
+from adakv_compile.kernels._checks import check_mask, check_softmax
 from adakv_compile.kernels._ragged import ragged_entries, tail_entries
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
 from adakv_compile.kernels.decode_attention.reference import (
     attend_all,
@@ -16,7 +17,7 @@ from adakv_compile.kernels.decode_attention.reference import (
     visibility_of,
 )
 
-__all__ = ["decode_attention_cpu"]
+__all__ = ["attend_store", "decode_attention_cpu"]
 
 # A small half-precision product costs as much to start as several of the batched ones; measured on AVX-512.
 _MAX_HALF_PRODUCTS: Final = 8
@@ -35,8 +36,10 @@ def decode_attention_cpu(
     cursor: torch.Tensor,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Append and attend; see :mod:`adakv_compile.kernels.decode_attention.op`."""
     check_attention(
@@ -52,7 +55,8 @@ def decode_attention_cpu(
         tail_values,
     )
     check_mask("decode_attention", query, mask, padding)
-    batch, num_heads, count, _ = key_new.shape
+    check_softmax("decode_attention", query, sinks, softcap)
+    count = key_new.shape[2]
     length, start = cursor[:2].tolist()
     end = length + count
     if end > tail_keys.shape[2]:
@@ -63,22 +67,63 @@ def decode_attention_cpu(
     tail_values[:, :, length:end] = value_new
     cursor[0] = end
     tail_keys, tail_values = tail_keys[:, :, :end], tail_values[:, :, :end]
-    if padding is not None and padding.shape[1] >= start + end and padding.all():
+    softmax = Softmax(scale, softcap, sinks)
+    store = (keys, values, offsets, positions, tail_keys, tail_values)
+    return attend_store(query, *store, start, mask, padding, softmax, sliding_window)
+
+
+def attend_store(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    start: int,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    softmax: Softmax,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Attend with the last queries to a store that holds their tokens.
+
+    Args:
+        query: ``[B, Hq, T, Dk]``, the last of them at position ``start + t - 1``.
+        keys: ``[B, N, Dk]``.
+        values: ``[B, N, Dv]``.
+        offsets: ``[B, H + 1]``.
+        positions: ``[B, N]``.
+        tail_keys: ``[B, H, t, Dk]``, nothing but what is used.
+        tail_values: ``[B, H, t, Dv]``, likewise.
+        start: Position of tail entry 0.
+        mask: As in :mod:`adakv_compile.kernels.decode_attention.op`.
+        padding: Likewise.
+        softmax: What becomes of products.
+        sliding_window: As in :mod:`adakv_compile.kernels.decode_attention.op`.
+
+    Returns:
+        ``[B, Hq, T, Dv]``, contiguous.
+    """
+    batch, num_heads, length, _ = tail_keys.shape
+    count, end = query.shape[2], start + length
+    if padding is not None and padding.shape[1] >= end and padding.all():
         padding = None
-    visibility = visibility_of(query, num_heads, start + length, mask, padding, sliding_window)
-    shared = count == 1 and (mask is None or mask.shape[1] == 1)
+    visibility = visibility_of(query, num_heads, end - count, mask, padding, sliding_window)
+    shared = count == 1 and length > 0 and (mask is None or mask.shape[1] == 1)
     if not shared or (keys.itemsize < 4 and batch * num_heads > _MAX_HALF_PRODUCTS):
-        after = torch.arange(start, start + end, device=keys.device)
-        tail = tail_entries(tail_keys, tail_values, after, None)
-        entries = [*ragged_entries(keys, values, offsets, positions), tail]
-        return attend_all(entries, query, scale, visibility)
+        entries = ragged_entries(keys, values, offsets, positions, past=count <= length)
+        if length:
+            after = torch.arange(start, end, device=keys.device)
+            entries.append(tail_entries(tail_keys, tail_values, after, None))
+        return attend_all(entries, query, softmax, visibility)
     prefix_bias = tail_bias = None
     if visibility.looked_up:
-        after = torch.arange(start, start + end, device=keys.device)
+        after = torch.arange(start, end, device=keys.device)
         prefix_bias = _bias(visibility, positions, keys.dtype)
-        tail_bias = _bias(visibility, after.expand(batch, end), keys.dtype)
-    rows = (query * scale).reshape(batch, num_heads, -1, query.shape[3])
-    output = _attend_heads(rows, keys, values, offsets, tail_keys, tail_values, prefix_bias, tail_bias)
+        tail_bias = _bias(visibility, after.expand(batch, length), keys.dtype)
+    rows = (query * softmax.scale).reshape(batch, num_heads, -1, query.shape[3])
+    output = _attend_heads(rows, keys, values, offsets, tail_keys, tail_values, softmax, prefix_bias, tail_bias)
     return output.view(*query.shape[:3], -1)
 
 
@@ -109,6 +154,7 @@ def _attend_heads(
     offsets: torch.Tensor,
     tail_keys: torch.Tensor,
     tail_values: torch.Tensor,
+    softmax: Softmax,
     prefix_bias: torch.Tensor | None,
     tail_bias: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -124,6 +170,7 @@ def _attend_heads(
         offsets: ``[B, H + 1]``.
         tail_keys: ``[B, H, t, Dk]``, ``t`` at least 1.
         tail_values: ``[B, H, t, Dv]``.
+        softmax: What becomes of scaled products.
         prefix_bias: ``[B, N]``, added to the logits in the dtype of the query. None: nothing is hidden.
         tail_bias: ``[B, t]``, given together with ``prefix_bias``.
 
@@ -141,21 +188,34 @@ def _attend_heads(
     ]
     widest = max((size for _, _, size in parts), default=0)
     rows = query.flatten(0, 1)
+    exact = torch.promote_types(query.dtype, torch.float32)
     tail_logits = torch.bmm(rows, tail_keys.flatten(0, 1).mT)
+    if softmax.softcap is not None:
+        tail_logits = softmax.cap(tail_logits.to(exact)).to(query.dtype)
     if tail_bias is not None:
         tail_logits.unflatten(0, (batch, num_heads)).add_(tail_bias[:, None, None])
-    logits = query.new_full((batch * num_heads, group, tail + widest), -torch.inf)
+    sinks = softmax.sinks_of_rows(num_heads, 1, rows[:, :, 0])
+    # A sink is one more column.
+    columns = tail + widest + (sinks is not None)
+    logits = query.new_full((batch * num_heads, group, columns), -torch.inf)
     logits[:, :, :tail] = tail_logits
+    if sinks is not None:
+        logits[:, :, -1] = sinks
     heads, tables = rows.unbind(0), logits[:, :, tail:].unbind(0)
     key_parts = keys.flatten(0, 1).t().split(sizes, 1)
     bias_parts = None if prefix_bias is None else prefix_bias.flatten().split(sizes)
     for head, part, size in parts:
         found = tables[head][:, :size]
-        if bias_parts is None:
+        if softmax.softcap is not None:
+            products = torch.mm(heads[head], key_parts[part]).to(exact)
+            found.copy_(softmax.cap(products))
+            if bias_parts is not None:
+                found.add_(bias_parts[part])
+        elif bias_parts is None:
             torch.mm(heads[head], key_parts[part], out=found)
         else:
             torch.addmm(bias_parts[part], heads[head], key_parts[part], out=found)
-    weights = torch.softmax(logits, -1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = torch.softmax(logits, -1, dtype=exact)
     # Softmax makes a row that sees nothing NaN throughout; looking at one column finds out whether there is any.
     if prefix_bias is not None and weights[..., 0].isnan().any():
         weights.masked_fill_((logits == -torch.inf).all(-1, keepdim=True), 0.0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
 
-from adakv_compile.kernels._checks import check_mask
-from adakv_compile.kernels._launch import launch
+from adakv_compile.kernels._checks import check_mask, check_softmax
+from adakv_compile.kernels._launch import factors_of, launch
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._support import target_of
 from adakv_compile.kernels.decode_attention.reference import check_attention
 from adakv_compile.kernels.decode_attention.triton import attend as attend_kernel
@@ -33,13 +33,16 @@ def decode_attention(
     cursor: torch.Tensor,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Append and attend; see :mod:`adakv_compile.kernels.decode_attention.op`."""
     op = "decode_attention"
     check_attention(op, query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask(op, query, mask, padding)
+    check_softmax(op, query, sinks, softcap)
     if cursor.dim() != 1 or cursor.shape[0] < _LENGTHS or cursor.dtype != torch.int32:
         raise ValueError(f"{op}: cursor is {cursor.dtype} {list(cursor.shape)}; expected torch.int32 [2 or more]")
     output, _ = attend(
@@ -57,7 +60,7 @@ def decode_attention(
         prefix_length=0,
         mask=mask,
         padding=padding,
-        scale=scale,
+        softmax=Softmax(scale, softcap, sinks),
         sliding_window=sliding_window,
         want_lse=False,
     )
@@ -80,7 +83,7 @@ def attend(
     prefix_length: int,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
-    scale: float,
+    softmax: Softmax,
     sliding_window: int | None,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -101,13 +104,13 @@ def attend(
         prefix_length: Position of tail entry 0, if there is no cursor.
         mask: Bool or float ``[B | 1, 1 | Hq, T | 1, M]``, in place of the causal and sliding rules.
         padding: Bool ``[B | 1, M]``, on top.
-        scale: Factor on the logits.
+        softmax: What becomes of products.
         sliding_window: Keys a query sees, its own included.
         want_lse: Whether to return the softmax sums.
 
     Returns:
-        ``[B, Hq, T, Dv]``, contiguous, and the natural logs of the sums of ``exp`` of the logits, float32
-        ``[B, Hq, T]``, ``-inf`` for a query that sees nothing.
+        ``[B, Hq, T, Dv]``, contiguous, and the natural logs of the sums of ``exp`` of the logits, sinks included,
+        float32 ``[B, Hq, T]``, ``-inf`` for a query that sees nothing.
     """
     contiguous = {
         "keys": keys,
@@ -186,11 +189,12 @@ def attend(
         counters,
         table,
         real,
+        None if softmax.sinks is None else softmax.sinks.contiguous(),
         output,
         sums,
         partial,
         partial_sums,
-        scale * math.log2(math.e),
+        *factors_of(softmax.scale, softmax.softcap),
         tail_length,
         prefix_length,
         count,

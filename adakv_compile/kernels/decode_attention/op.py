@@ -1,4 +1,4 @@
-"""``adakv::decode_attention_v1``: append the new tokens to the tail, then attend to prefix and tail.
+"""``adakv::decode_attention_v2``: append the new tokens to the tail, then attend to prefix and tail.
 
 | argument         | shape, dtype                   | meaning                                                    |
 |------------------|--------------------------------|------------------------------------------------------------|
@@ -13,14 +13,18 @@
 | `cursor`         | `[2 or more]` int32            | **mutated**: tail entries in use; position of tail entry 0 |
 | `mask`           | `[B or 1, 1 or Hq, T or 1, M]` | bool, or float to be added, or None                        |
 | `padding`        | `[B or 1, M]` bool, or None    | True for real tokens; on top of the rule or the mask       |
-| `scale`          | float                          | factor on the logits                                       |
+| `sinks`          | `[Hq]` floating, or None       | a logit of each query head, see below; `-inf` is none      |
+| `scale`          | float                          | factor on the products of queries and keys                 |
 | `sliding_window` | int or None                    | keys a query sees, its own included                        |
+| `softcap`        | float above 0, or None         | logits are `softcap * tanh(scale * product / softcap)`     |
 | result           | `[B, Hq, T, Dv]` model         | contiguous, newly allocated; zeros for a query that sees nothing |
 
 `P = cursor[0] + cursor[1]` before the call, which adds `T` to `cursor[0]`; `cursor[0] + T <= C` is the caller's
 promise. Tail entry `i` has position `cursor[1] + i` in every row and head. A mask replaces the other rules; without one
 a query sees positions up to its own (causal) and above `P + t - sliding_window`. Column `c` of a mask is position `P +
-T - M + c`: the last one is the newest token, and what lies before the first is invisible. No tensor overlaps another.
+T - M + c`: the last one is the newest token, and what lies before the first is invisible. A float mask is added to the
+capped logits. A sink adds `exp(sink)` to the denominator of its head's softmax and nothing to the numerator; it is
+neither scaled nor capped nor masked. No tensor overlaps another.
 Elements of `cursor` past the second count programs while a kernel runs and are zero before and after. Where there are
 `CURSOR_SIZE` of them, a step of a few heads needs no other memory to be cleared and so is one launch.
 Lengths are device tensors: no step waits for the device. Softmax is float32. Cost: each entry is read once for the
@@ -57,8 +61,10 @@ def _fake(
     cursor: torch.Tensor,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     return query.new_empty((*query.shape[:3], value_new.shape[3]))
 
@@ -71,9 +77,9 @@ def _subject(
 
 SPEC = OpSpec(
     schema=(
-        "decode_attention_v1(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values,"
+        "decode_attention_v2(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values,"
         " Tensor offsets, Tensor positions, Tensor(a!) tail_keys, Tensor(b!) tail_values, Tensor(c!) cursor,"
-        " Tensor? mask, Tensor? padding, float scale, int? sliding_window) -> Tensor"
+        " Tensor? mask, Tensor? padding, Tensor? sinks, float scale, int? sliding_window, float? softcap) -> Tensor"
     ),
     portable=decode_attention,
     cpu=decode_attention_cpu,

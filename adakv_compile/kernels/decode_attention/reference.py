@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from adakv_compile.kernels._checks import check_device, check_grouped, check_like, check_mask, check_shape
+from adakv_compile.kernels._checks import (
+    check_device,
+    check_grouped,
+    check_like,
+    check_mask,
+    check_shape,
+    check_softmax,
+)
 from adakv_compile.kernels._ragged import (
     Attended,
     Entries,
@@ -13,12 +20,14 @@ from adakv_compile.kernels._ragged import (
     rows_per_block,
     tail_entries,
 )
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
 
 __all__ = [
     "attend_all",
     "attend_block",
     "check_attention",
+    "check_store",
     "decode_attention",
     "grouped_query",
     "visibility_of",
@@ -38,8 +47,10 @@ def decode_attention(
     cursor: torch.Tensor,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Append and attend on any device, lengths staying there; see :mod:`adakv_compile.kernels.decode_attention.op`.
 
@@ -58,6 +69,7 @@ def decode_attention(
         tail_values,
     )
     check_mask("decode_attention", query, mask, padding)
+    check_softmax("decode_attention", query, sinks, softcap)
     count, capacity = query.shape[2], tail_keys.shape[2]
     slot = torch.arange(capacity, device=cursor.device)
     fresh = cursor[:1] + slot[:count]
@@ -70,7 +82,7 @@ def decode_attention(
     tail = tail_entries(tail_keys, tail_values.where(used[:, None], 0), slot + cursor[1:2], used)
     visibility = visibility_of(query, tail_keys.shape[1], first, mask, padding, sliding_window)
     entries = [*ragged_entries(keys, values, offsets, positions), tail]
-    return attend_all(entries, query, scale, visibility)
+    return attend_all(entries, query, Softmax(scale, softcap, sinks), visibility)
 
 
 def grouped_query(query: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
@@ -78,17 +90,17 @@ def grouped_query(query: torch.Tensor, num_heads: int, scale: float) -> torch.Te
     return (query * scale).unflatten(1, (num_heads, -1)).flatten(0, 1)
 
 
-def attend_all(entries: list[Entries], query: torch.Tensor, scale: float, visibility: Visibility) -> torch.Tensor:
+def attend_all(entries: list[Entries], query: torch.Tensor, softmax: Softmax, visibility: Visibility) -> torch.Tensor:
     """Attend with all queries ``[B, Hq, T, D]``, in blocks where the transients would be large.
 
     Returns:
         ``[B, Hq, T, Dv]``, contiguous, in the dtype of the query.
     """
-    grouped = grouped_query(query, visibility.num_heads, scale)
+    grouped = grouped_query(query, visibility.num_heads, softmax.scale)
     count = visibility.count
     block = rows_per_block(entries, visibility.group, count)
     found = [
-        attend_block(entries, grouped, visibility.block(start, min(block, count - start))).output.unflatten(
+        attend_block(entries, grouped, softmax, visibility.block(start, min(block, count - start))).output.unflatten(
             1, (visibility.group, -1)
         )
         for start in range(0, count, block)
@@ -97,10 +109,10 @@ def attend_all(entries: list[Entries], query: torch.Tensor, scale: float, visibi
     return output.to(query.dtype).view(*query.shape[:3], -1)
 
 
-def attend_block(entries: list[Entries], grouped: torch.Tensor, visibility: Visibility) -> Attended:
+def attend_block(entries: list[Entries], grouped: torch.Tensor, softmax: Softmax, visibility: Visibility) -> Attended:
     """Attend with the rows of one block of :func:`grouped_query`."""
     rows = grouped[:, :, visibility.start : visibility.start + visibility.rows].flatten(1, 2)
-    return attend(entries, rows, visibility)
+    return attend(entries, rows, softmax, visibility)
 
 
 def check_attention(
@@ -120,8 +132,33 @@ def check_attention(
     Raises:
         ValueError: A shape, dtype or device does not fit the others.
     """
+    check_like(op, query, key_new=key_new, value_new=value_new)
+    num_heads, value_dim = check_store(op, query, keys, values, offsets, positions, tail_keys, tail_values)
+    batch, _, count, key_dim = query.shape
+    check_shape(op, "key_new", key_new, (batch, num_heads, count, key_dim))
+    check_shape(op, "value_new", value_new, (batch, num_heads, count, value_dim))
+
+
+def check_store(
+    op: str,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+) -> tuple[int, int]:
+    """Check queries and the store that they attend to.
+
+    Returns:
+        Number of KV heads, and head dimension of values.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit the others.
+    """
     check_shape(op, "query", query, (None, None, None, None))
-    batch, num_query_heads, count, key_dim = query.shape
+    batch, num_query_heads, _, key_dim = query.shape
     check_shape(op, "offsets", offsets, (batch, None))
     num_heads = offsets.shape[1] - 1
     check_grouped(op, num_query_heads, num_heads)
@@ -130,21 +167,11 @@ def check_attention(
     check_shape(op, "values", values, (batch, slots, None))
     value_dim = values.shape[2]
     check_shape(op, "positions", positions, (batch, slots))
-    check_shape(op, "key_new", key_new, (batch, num_heads, count, key_dim))
-    check_shape(op, "value_new", value_new, (batch, num_heads, count, value_dim))
     check_shape(op, "tail_keys", tail_keys, (batch, num_heads, None, key_dim))
     check_shape(op, "tail_values", tail_values, (batch, num_heads, tail_keys.shape[2], value_dim))
     check_device(op, query, offsets=offsets, positions=positions)
-    check_like(
-        op,
-        query,
-        key_new=key_new,
-        value_new=value_new,
-        keys=keys,
-        values=values,
-        tail_keys=tail_keys,
-        tail_values=tail_values,
-    )
+    check_like(op, query, keys=keys, values=values, tail_keys=tail_keys, tail_values=tail_values)
+    return num_heads, value_dim
 
 
 def visibility_of(

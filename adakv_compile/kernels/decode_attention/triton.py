@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adakv_compile.kernels._launch import dot
+from adakv_compile.kernels._launch import LOG2E, dot, scaled
 from adakv_compile.kernels.decode_attention.triton_schedule import advance, arrives_last, count_reader, schedule
 from adakv_compile.kernels.decode_attention.triton_softmax import combine, fold, inside, log_sum, mean
 from adakv_compile.kernels.decode_attention.triton_visibility import FLOOR, hide
@@ -46,11 +46,13 @@ def attend(
     counters,  # int32 zeros: two unused, one for programs, one per row block and head; or None
     mask,  # or None
     padding,  # or None
+    sinks,  # [H * G], or None
     output,  # [B, H * G, count, DV]
     sums,  # float32 [B, H * G, count], natural log-sum-exp; or None
     partial,  # float32 scratch [row blocks, programs, ROWS, DV]; or None
     partial_sums,  # float32 scratch [row blocks, programs, 2, ROWS]; or None
-    scale,  # times log2(e)
+    scale,  # see factors_of
+    softcap,  # or None
     tail_length,
     prefix_length,
     count,  # new tokens
@@ -185,6 +187,13 @@ def attend(
 
         peak = tl.full([BM], FLOOR, tl.float32)
         mass = tl.zeros([BM], tl.float32)
+        if sinks is not None:
+            # The first thing that a head's first item sees.
+            sink = tl.load(sinks + query_head).to(tl.float32) * LOG2E
+            if SPLIT:
+                sink = tl.where(item == 0, sink, float("-inf"))
+            peak = tl.maximum(sink, FLOOR)
+            mass = tl.exp2(sink - peak)
         summed = tl.zeros([BM, DVP], tl.float32)
 
         in_keys = entry[None, :] * DK + dim_k[:, None]
@@ -213,7 +222,7 @@ def attend(
                 kept_at = tl.load(positions + prefix_row + start + entry, mask=kept, other=0)
                 position = tl.where(in_prefix, kept_at, position)
             logits = hide(
-                dot(q, k) * scale, used, position, query_position, live,
+                scaled(dot(q, k), scale, softcap), used, position, query_position, live,
                 mask_rows, mask_stride_m, mask_columns, mask_origin,
                 padding_row, padding_stride_m, padding_columns, padding_origin,
                 window, False, WINDOW, MASK, PADDED,
@@ -229,7 +238,7 @@ def attend(
                     few_values = tl.load(new_values + in_new_values, mask=few_values_inside, other=0.0)
                     logits = dot(q, tl.trans(few_keys))
                 logits = hide(
-                    logits * scale, there, first_query + few, query_position, live,
+                    scaled(logits, scale, softcap), there, first_query + few, query_position, live,
                     mask_rows, mask_stride_m, mask_columns, mask_origin,
                     padding_row, padding_stride_m, padding_columns, padding_origin,
                     window, CAUSAL, WINDOW, MASK, PADDED,
@@ -266,7 +275,7 @@ def attend(
                     other=0.0,
                 )
                 logits = hide(
-                    dot(q, k) * scale, used, first_query + place, query_position, live,
+                    scaled(dot(q, k), scale, softcap), used, first_query + place, query_position, live,
                     mask_rows, mask_stride_m, mask_columns, mask_origin,
                     padding_row, padding_stride_m, padding_columns, padding_origin,
                     window, CAUSAL, WINDOW, MASK, PADDED,

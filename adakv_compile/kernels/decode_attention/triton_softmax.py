@@ -6,8 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adakv_compile.kernels._launch import dot
-from adakv_compile.kernels.decode_attention.triton_visibility import FLOOR, LOG2E
+from adakv_compile.kernels._launch import LOG2E, dot
+from adakv_compile.kernels.decode_attention.triton_visibility import FLOOR
 
 __all__ = ["combine", "fold", "inside", "log_sum", "mean"]
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["FLOOR", "LOG2E", "LOWEST", "hide"]
+from adakv_compile.kernels._launch import LOG2E
+
+__all__ = ["FLOOR", "LOWEST", "hide"]
 
 # Below every logit and above the floor that running maxima start at, so that differences to either are finite.
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
 FLOOR: tl.constexpr = tl.constexpr(-3e38)
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

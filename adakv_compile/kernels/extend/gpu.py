@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
 import triton
 
-from adakv_compile.kernels._checks import check_mask
-from adakv_compile.kernels._launch import launch
+from adakv_compile.kernels._checks import check_mask, check_softmax
+from adakv_compile.kernels._launch import factors_of, launch
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._support import target_of
 from adakv_compile.kernels.compact.tuning import config_of
 from adakv_compile.kernels.compact.tuning import constants_of as gather_constants_of
@@ -41,14 +41,18 @@ def extend(
     prefix_length: int,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     policy: str,
     evict: bool,
 ) -> Extended:
     """Attend, then compress; see :mod:`adakv_compile.kernels.extend.op`."""
     check_attention("extend", query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask("extend", query, mask, padding)
+    check_softmax("extend", query, sinks, softcap)
+    softmax = Softmax(scale, softcap, sinks)
     rules = Policy.decode(policy)
     batch, num_heads, count = key_new.shape[:3]
     fresh = tail_length + count
@@ -69,7 +73,7 @@ def extend(
         prefix_length=prefix_length,
         mask=mask,
         padding=padding,
-        scale=scale,
+        softmax=softmax,
         sliding_window=sliding_window,
         want_lse=True,
     )
@@ -86,7 +90,7 @@ def extend(
         prefix_length,
         mask,
         padding,
-        scale,
+        softmax,
         sliding_window,
         rules,
         scored=evict and rules.method != "streamingllm",
@@ -159,7 +163,7 @@ def _tables(
     prefix_length: int,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
-    scale: float,
+    softmax: Softmax,
     sliding_window: int | None,
     rules: Policy,
     *,
@@ -206,7 +210,7 @@ def _tables(
         scores,
         held,
         source,
-        scale * math.log2(math.e),
+        *factors_of(softmax.scale, softmax.softcap),
         tail_length,
         prefix_length,
         count,

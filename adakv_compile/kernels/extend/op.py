@@ -1,25 +1,25 @@
-"""``adakv::extend_v1``: several new tokens over a compressed past, and compression of all of it.
+"""``adakv::extend_v2``: several new tokens over a compressed past, and compression of all of it.
 
 | argument         | shape, dtype                   | meaning                                                    |
 |------------------|--------------------------------|------------------------------------------------------------|
-| `query` .. `tail_values` |                        | as in `decode_attention_v1`; nothing is mutated            |
+| `query` .. `tail_values` |                        | as in `decode_attention_v2`; nothing is mutated            |
 | `tail_length`    | int                            | tail entries in use                                        |
 | `prefix_length`  | int                            | position of tail entry 0                                   |
-| `mask`, `padding`, `scale`, `sliding_window` |    | as in `decode_attention_v1`                                |
+| `mask` .. `softcap` |                             | as in `decode_attention_v2`                                |
 | `policy`         | str                            | `Policy.encode()`                                          |
 | `evict`          | bool                           | False: everything held is kept                             |
-| result 0         | `[B, Hq, T, Dv]` model         | attention, exactly that of `decode_attention_v1`           |
+| result 0         | `[B, Hq, T, Dv]` model         | attention, exactly that of `decode_attention_v2`           |
 | results 1, 2     | `[B, N', Dk]`, `[B, N', Dv]` model | the new prefix; zeros past the last offset             |
 | results 3, 4     | `[B, Hkv + 1]`, `[B, N']` int32 | its offsets and positions                                 |
 
 The new prefix covers positions up to `L = prefix_length + tail_length + T` and starts a fresh tail there. Scores: the
-attention of the last `min(window, T)` queries to everything held, in float32, mean over the window's real tokens, mean
-or max over the query group; pooling goes by position, and evicted neighbours are absent. The last `window` positions
-stay, and entries that are padding, or that a sliding window hides from every later query, go. A row keeps `Hkv *
-layer_budget(policy, n)` entries, `n` its real tokens (with a sliding window: of the last `sliding_window - 1`), or all
-it holds if that is less. `N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length + T))` (at least 2), with
-`layer_capacity` in place of `layer_budget` if there is padding (see `select_v1`) and `L` limited as `n` is; without
-eviction the second term. All results are contiguous and newly allocated.
+attention of the last `min(window, T)` queries to everything held (a sink takes its share of it), in float32, mean over
+the window's real tokens, mean or max over the query group; pooling goes by position, and evicted neighbours are absent.
+The last `window` positions stay, and entries that are padding, or that a sliding window hides from every later query,
+go. A row keeps `Hkv * layer_budget(policy, n)` entries, `n` its real tokens (with a sliding window: of the last
+`sliding_window - 1`), or all it holds if that is less. `N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length
++ T))` (at least 2), with `layer_capacity` in place of `layer_budget` if there is padding (see `select_v1`) and `L`
+limited as `n` is; without eviction the second term. All results are contiguous and newly allocated.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ def _fake(
     prefix_length: int,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     policy: str,
     evict: bool,
 ) -> Extended:
@@ -74,9 +76,10 @@ def _subject(
 
 SPEC = OpSpec(
     schema=(
-        "extend_v1(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values, Tensor offsets,"
+        "extend_v2(Tensor query, Tensor key_new, Tensor value_new, Tensor keys, Tensor values, Tensor offsets,"
         " Tensor positions, Tensor tail_keys, Tensor tail_values, SymInt tail_length, SymInt prefix_length,"
-        " Tensor? mask, Tensor? padding, float scale, int? sliding_window, str policy, bool evict)"
+        " Tensor? mask, Tensor? padding, Tensor? sinks, float scale, int? sliding_window, float? softcap,"
+        " str policy, bool evict)"
         " -> (Tensor out, Tensor new_keys, Tensor new_values, Tensor new_offsets, Tensor new_positions)"
     ),
     portable=extend,

@@ -6,8 +6,9 @@ from typing import Any, cast
 
 import torch
 
-from adakv_compile.kernels._checks import check_mask
+from adakv_compile.kernels._checks import check_mask, check_softmax
 from adakv_compile.kernels._ragged import Entries, ragged_entries, tail_entries, weights
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
 from adakv_compile.kernels.compact.reference import head_of_slots
 from adakv_compile.kernels.decode_attention.reference import (
@@ -69,14 +70,18 @@ def extend(
     prefix_length: int,
     mask: torch.Tensor | None,
     padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     policy: str,
     evict: bool,
 ) -> Extended:
     """Attend, then compress; see :mod:`adakv_compile.kernels.extend.op`."""
     check_attention("extend", query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask("extend", query, mask, padding)
+    check_softmax("extend", query, sinks, softcap)
+    softmax = Softmax(scale, softcap, sinks)
     num_heads, count = key_new.shape[1:3]
     dense_keys = torch.cat((tail_keys[:, :, :tail_length], key_new), 2)
     dense_values = torch.cat((tail_values[:, :, :tail_length], value_new), 2)
@@ -88,7 +93,7 @@ def extend(
         *ragged_entries(keys, values, offsets, positions),
         tail_entries(dense_keys, dense_values, after, None),
     ]
-    output = attend_all(entries, query, scale, visibility)
+    output = attend_all(entries, query, softmax, visibility)
 
     source = _sources(offsets, positions, prefix_length, fresh)
     real = real_positions(padding, length, keys)
@@ -100,7 +105,7 @@ def extend(
         live = length if sliding_window is None else min(length, sliding_window - 1)
         valid[..., : length - live].fill_(False)
         rules = Policy.decode(policy)
-        scores = _scores(rules, entries, query, scale, visibility, valid.shape, real)
+        scores = _scores(rules, entries, query, softmax, visibility, valid.shape, real)
         order = torch.arange(length, device=keys.device)
         tokens = (
             torch.full((keys.shape[0],), live, device=keys.device) if real is None else real[:, length - live :].sum(-1)
@@ -163,7 +168,7 @@ def _scores(
     policy: Policy,
     entries: list[Entries],
     query: torch.Tensor,
-    scale: float,
+    softmax: Softmax,
     visibility: Visibility,
     shape: torch.Size,
     real: torch.Tensor | None,
@@ -175,14 +180,14 @@ def _scores(
         return scores.view(shape)
     window = min(policy.window, visibility.count)
     visibility = visibility.block(visibility.count - window, window)
-    grouped = grouped_query(query, num_heads, scale)
-    attended = attend_block(entries, grouped, visibility)
+    grouped = grouped_query(query, num_heads, softmax.scale)
+    attended = attend_block(entries, grouped, softmax, visibility)
     rows = grouped[:, :, visibility.start :].flatten(1, 2)
     counted = None
     if real is not None:
         counted = real[:, None, length - window :].expand(batch, num_heads, window).flatten(0, 1)
     for part in entries:
-        found = weights(part, rows, visibility, attended).unflatten(1, (visibility.group, window))
+        found = weights(part, rows, softmax, visibility, attended).unflatten(1, (visibility.group, window))
         if counted is None:
             found = found.mean(2)
         else:

@@ -1,4 +1,4 @@
-"""Device code of ``adakv::extend_v1``: the scores of all that is held, by position, and the gather of what stays.
+"""Device code of ``adakv::extend_v2``: the scores of all that is held, by position, and the gather of what stays.
 
 Scores. A program takes one item of a head, a run of tiles of entries (see `schedule`): of the ragged prefix, then of
 the dense tail, then of the new tokens. Keys are read once for the rows of the whole query group, `BM` of these at a
@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adakv_compile.kernels._launch import dot
+from adakv_compile.kernels._launch import LOG2E, dot, scaled
 from adakv_compile.kernels.compact.triton import head_of, store_rows
 from adakv_compile.kernels.decode_attention.triton_schedule import schedule
-from adakv_compile.kernels.decode_attention.triton_visibility import LOG2E, LOWEST, hide
+from adakv_compile.kernels.decode_attention.triton_visibility import LOWEST, hide
 
 __all__ = ["gather_held", "score_held"]
 
@@ -113,6 +113,7 @@ def score_held(
     held,
     source,
     scale,
+    softcap,
     tail_length,
     prefix_length,
     count,
@@ -158,7 +159,7 @@ def score_held(
 
     Args:
         query: `[B, H * G, count, DK]`.
-        sums: float32 `[B, H * G, count]`, natural log-sum-exp of every query; contiguous.
+        sums: float32 `[B, H * G, count]`, natural log-sum-exp of every query, sinks included; contiguous.
         key_new: `[B, H, count, DK]`, rows contiguous and less than `2**24` apart.
         keys: `[B, slots, DK]`, contiguous, as are the next three.
         offsets: int32 `[B, H + 1]`.
@@ -169,7 +170,8 @@ def score_held(
         scores: float32 table.
         held: uint8 table of zeros: 1 for real tokens.
         source: int32 table: slot of the prefix, or `slots` plus the place in the tail and the new tokens behind it.
-        scale: On the logits, times log2(e).
+        scale: See `factors_of`.
+        softcap: Likewise, or None.
         tail_length: Tail entries in use.
         prefix_length: Position of tail entry 0.
         count: New tokens.
@@ -290,7 +292,7 @@ def score_held(
                             G, DK, DKP, BM, SPAN, MASK, PADDED,
                         )  # fmt: skip
                     logits = hide(
-                        dot(q, k) * scale, used, position, query_position, live,
+                        scaled(dot(q, k), scale, softcap), used, position, query_position, live,
                         mask_rows, mask_stride_m, mask_columns, mask_origin,
                         padding_row, padding_stride_m, padding_columns, padding_origin,
                         window, CAUSAL, WINDOW, MASK, PADDED,

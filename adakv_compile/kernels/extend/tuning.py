@@ -1,4 +1,4 @@
-"""Shapes of blocks and launches of the scoring kernel of ``adakv::extend_v1``, by device, dtype and head dimension."""
+"""Shapes of blocks and launches of the scoring kernel of ``adakv::extend_v2``, by device, dtype and head dimension."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The op ``adakv::observe_v2``: contract in ``op``, plain PyTorch in ``reference``."""
+"""The op ``adakv::observe_v3``: contract in ``op``, plain PyTorch in ``reference``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from typing import Final
 import torch
 import triton
 
-from adakv_compile.kernels._launch import launch
+from adakv_compile.kernels._launch import factors_of, launch
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._support import Target, target_of
 from adakv_compile.kernels.observe.reference import check_observation
 from adakv_compile.kernels.observe.triton import observe_combine, observe_lse, observe_scores
@@ -23,17 +24,21 @@ _LOG2_E: Final = math.log2(math.e)
 def observe(
     query: torch.Tensor,
     key: torch.Tensor,
+    mask: torch.Tensor | None,
     padding: torch.Tensor | None,
     lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int | None,
+    softcap: float | None,
     policy: str,
 ) -> torch.Tensor:
     """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`."""
-    check_observation(query, key, padding, lse)
+    check_observation(query, key, mask, padding, lse, sinks, softcap)
     target = target_of(key.device)
     config = config_of(target, key.element_size(), key.shape[3])
-    return observe_with(config, target, query, key, padding, lse, scale, sliding_window, Policy.decode(policy))
+    softmax = Softmax(scale, softcap, sinks)
+    return observe_with(config, target, query, key, padding, lse, softmax, sliding_window, Policy.decode(policy))
 
 
 def observe_with(
@@ -43,7 +48,7 @@ def observe_with(
     key: torch.Tensor,
     padding: torch.Tensor | None,
     lse: torch.Tensor | None,
-    scale: float,
+    softmax: Softmax,
     sliding_window: int | None,
     rules: Policy,
 ) -> torch.Tensor:
@@ -62,6 +67,7 @@ def observe_with(
     marks = None if padding is None else padding.expand(batch, length).view(torch.uint8)
     mark_strides = (0, 0) if marks is None else marks.stride()
     reach = length if sliding_window is None else max(0, min(sliding_window, length))
+    factors = factors_of(softmax.scale, softmax.softcap)
     to_base_2 = _LOG2_E
     if lse is None:
         blocks, constants = lse_constants(config, group, window, head_dim)
@@ -86,7 +92,7 @@ def observe_with(
             splits,
             tiles,
             reach,
-            scale * _LOG2_E,
+            *factors,
             device=key.device,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
@@ -101,6 +107,10 @@ def observe_with(
         to_base_2 = 1.0
     else:
         lse = lse[:, :, lse.shape[2] - window :]
+    if softmax.sinks is not None:
+        sinks = softmax.sinks.float()[:, None]
+        in_base_2 = to_base_2 == 1.0
+        lse = torch.logaddexp2(lse, sinks * _LOG2_E) if in_base_2 else torch.logaddexp(lse, sinks)
     blocks, constants = score_constants(config, group, window, head_dim)
     splits, tiles = split(target, blocks, pairs, length)
     launch(
@@ -121,7 +131,7 @@ def observe_with(
         splits,
         tiles,
         reach,
-        scale * _LOG2_E,
+        *factors,
         to_base_2,
         device=key.device,
         num_warps=blocks.num_warps,

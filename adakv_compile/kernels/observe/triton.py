@@ -1,4 +1,4 @@
-"""Device code of ``adakv::observe_v2``: the log-sum-exp of the window's rows, then their attention to every key.
+"""Device code of ``adakv::observe_v3``: the log-sum-exp of the window's rows, then their attention to every key.
 
 A row is one query of the window in one query head. The rows of the query heads that share a KV head are packed into
 blocks of ``ROWS`` (``ROWS // SPAN`` heads, ``SPAN`` window positions each), so that one tile of keys serves the group.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adakv_compile.kernels._launch import dot
+from adakv_compile.kernels._launch import dot, scaled
 
 __all__ = ["observe_combine", "observe_lse", "observe_scores"]
 
@@ -125,6 +125,7 @@ def observe_lse(
     tiles,
     reach,
     scale,
+    softcap,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -134,8 +135,8 @@ def observe_lse(
 ):
     """Write the base-2 log-sum-exp of a block of rows over ``tiles`` tiles of keys, ``[splits, B * Hkv, G, W]``.
 
-    ``query`` points at the window's first position, ``scale`` holds log2(e). Blocks of rows that read the same keys
-    are neighbours, so that all but one find them in the L2 cache.
+    ``query`` points at the window's first position; ``scale`` and ``softcap`` are those of ``scaled``. Blocks of rows
+    that read the same keys are neighbours, so that all but one find them in the L2 cache.
     """
     pid = tl.program_id(0)
     block = pid % row_blocks
@@ -165,7 +166,7 @@ def observe_lse(
     first = split * tiles
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(length, KEYS))):
         k, place = _keys(key, padding, stride_kl, stride_kd, stride_pl, tile * KEYS, length, DIM, WIDTH, KEYS)
-        logits = dot(q, tl.trans(k)) * scale
+        logits = scaled(dot(q, tl.trans(k)), scale, softcap)
         if padding is not None:  # noqa: SIM114  # no branch on the device
             logits = _hide(logits, place, end, reach)
         elif _is_edge(tile * KEYS, length, window, reach, KEYS):
@@ -239,13 +240,14 @@ def _attention(
     window,
     reach,
     scale,
+    softcap,
     KEYS: tl.constexpr,
     KEYS_LEFT: tl.constexpr,
 ):
     """Return softmax weights, ``[KEYS, ROWS]`` or ``[ROWS, KEYS]``."""
     AXIS: tl.constexpr = 0 if KEYS_LEFT else 1
     product = dot(k, tl.trans(q)) if KEYS_LEFT else dot(q, tl.trans(k))
-    weights = tl.exp2(product * scale - tl.expand_dims(total, AXIS))
+    weights = tl.exp2(scaled(product, scale, softcap) - tl.expand_dims(total, AXIS))
     if padding is not None:  # noqa: SIM114  # no branch on the device
         weights = _mask(weights, place, end, total, reach, AXIS)
     elif _is_edge(first, length, window, reach, KEYS):
@@ -294,6 +296,7 @@ def observe_scores(
     tiles,
     reach,
     scale,
+    softcap,
     to_base_2,
     LARGEST: tl.constexpr,
     GROUP: tl.constexpr,
@@ -307,7 +310,8 @@ def observe_scores(
 ):
     """Write the scores of ``tiles`` tiles of keys, ``[B * Hkv, L]``; each key is read once.
 
-    ``query`` and ``lse`` point at the window's first position, ``scale`` holds log2(e), ``WINDOW`` covers ``window``.
+    ``query`` and ``lse`` (with sinks) point at the window's first position, ``WINDOW`` covers ``window``. ``scale``
+    and ``softcap`` are those of ``scaled``.
     """
     HEADS: tl.constexpr = ROWS // SPAN
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -337,7 +341,7 @@ def observe_scores(
         for tile in range(first, last):
             k, place = _keys(key, padding, stride_kl, stride_kd, stride_pl, tile * KEYS, length, DIM, WIDTH, KEYS)
             weights = _attention(
-                q, k, padding, tile * KEYS, place, end, total, length, window, reach, scale, KEYS, KEYS_LEFT
+                q, k, padding, tile * KEYS, place, end, total, length, window, reach, scale, softcap, KEYS, KEYS_LEFT
             )
             if LARGEST:
                 result = _largest(_per_head(weights, HEADS, SPAN, KEYS, KEYS_LEFT), ROW_AXIS)
@@ -366,7 +370,20 @@ def observe_scores(
                 q = _queries(query, stride_qh, stride_qt, stride_qd, head, row, DIM, WIDTH)
                 total = _sums(lse, stride_lh, stride_lt, to_base_2, head, row, counted)
                 weights = _attention(
-                    q, k, padding, tile * KEYS, place, end, total, length, window, reach, scale, KEYS, KEYS_LEFT
+                    q,
+                    k,
+                    padding,
+                    tile * KEYS,
+                    place,
+                    end,
+                    total,
+                    length,
+                    window,
+                    reach,
+                    scale,
+                    softcap,
+                    KEYS,
+                    KEYS_LEFT,
                 )
                 if not LARGEST:
                     result += tl.sum(weights, ROW_AXIS)

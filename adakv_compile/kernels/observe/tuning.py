@@ -1,4 +1,4 @@
-"""Block sizes of ``adakv::observe_v2`` by device, dtype and head dimension, and what they become for a call."""
+"""Block sizes of ``adakv::observe_v3`` by device, dtype and head dimension, and what they become for a call."""
 
 from __future__ import annotations
 

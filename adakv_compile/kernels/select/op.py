@@ -2,7 +2,7 @@
 
 | argument         | shape, dtype                | meaning                                                         |
 |------------------|-----------------------------|-----------------------------------------------------------------|
-| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v2` gives them                          |
+| `scores`         | `[B, H, L]` float32         | raw scores, as `observe_v3` gives them                          |
 | `padding`        | `[B or 1, L]` bool, or None | True for real tokens; others are never kept nor counted         |
 | `sliding_window` | int or None                 | keys a query sees, its own included                             |
 | `policy`         | str                         | `Policy.encode()`                                               |

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels.decode_attention import CURSOR_SIZE
 from adakv_compile.kernels.decode_attention.gpu import attend, decode_attention
 from tests.kernels.cases import Case, dense, ragged_case
@@ -42,7 +43,7 @@ def _same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def _attend(arguments: tuple[Any, ...], tail: int, prefix: int, want_lse: bool = True) -> Any:
     """Call ``attend`` with lengths from the host on the arguments of the op."""
-    mask, padding, scale, window = arguments[10:]
+    mask, padding, sinks, scale, window, softcap = arguments[10:]
     return attend(
         *arguments[:9],
         cursor=None,
@@ -50,7 +51,7 @@ def _attend(arguments: tuple[Any, ...], tail: int, prefix: int, want_lse: bool =
         prefix_length=prefix,
         mask=mask,
         padding=padding,
-        scale=scale,
+        softmax=Softmax(scale, softcap, sinks),
         sliding_window=window,
         want_lse=want_lse,
     )

@@ -1,12 +1,14 @@
-"""Checks of ``adakv::observe_v2``: against a dense softmax in float64, and against the portable op."""
+"""Checks of ``adakv::observe_v3``: against a dense softmax in float64, and against the portable op."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
 import torch
 
+from adakv_compile.kernels import Kernels
 from adakv_compile.kernels.observe.op import SPEC
 from adakv_compile.policy import Gqa, Policy
 from tests.kernels.checks.draw import Draw
@@ -27,6 +29,28 @@ def _inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     query = draw.normal(batch, num_heads * group, count, head_dim, dtype=dtype)
     return query * 2, draw.normal(batch, num_heads, length, head_dim, dtype=dtype)
+
+
+def _observe(
+    kernels: Kernels,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    padding: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    policy: str,
+    *,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Call one implementation of the op, without what a check does not name."""
+    operator = SPEC.overload_for(kernels)
+    return operator(query, key, mask, padding, lse, sinks, scale, sliding_window, softcap, policy)
+
+
+_triton, _portable = functools.partial(_observe, "triton"), functools.partial(_observe, "portable")
 
 
 def _dense(
@@ -78,9 +102,9 @@ def _check(
     for reduction in gqa:
         policy = Policy(budget=window + 16, window=window, gqa=reduction).encode()
         oracle, sums = _dense(query, key, padding, scale, sliding_window, window, reduction)
-        portable = SPEC.overload_for("portable")(query, key, padding, None, scale, sliding_window, policy)
+        portable = _portable(query, key, padding, None, scale, sliding_window, policy)
         for lse in (sums.float().to(key.device) if with_sums else None for with_sums in given):
-            scores = SPEC.overload_for("triton")(query, key, padding, lse, scale, sliding_window, policy)
+            scores = _triton(query, key, padding, lse, scale, sliding_window, policy)
             assert scores.dtype == torch.float32, f"scores are {scores.dtype}"
             assert scores.is_contiguous(), f"scores have strides {scores.stride()}"
             # All that follows the products is float32, whatever the dtype of the inputs.
@@ -155,7 +179,7 @@ def _padding_holds_nan(draw: Draw) -> None:
             bad_query = query.masked_fill(~padding[:, None, 30:, None], torch.nan)
             bad_sums = sums.float().to(draw.device).masked_fill(~padding[:, None, 30:], torch.nan)
             for lse in (None, bad_sums):
-                scores = SPEC.overload_for("triton")(bad_query, bad_key, padding, lse, scale, None, policy)
+                scores = _triton(bad_query, bad_key, padding, lse, scale, None, policy)
                 assert_near(scores.cpu(), oracle, torch.float32)
 
 
@@ -170,11 +194,11 @@ def _not_a_number(draw: Draw) -> None:
             key[0, 3, -1] = poison
             for gqa in ("mean", "max"):
                 policy = Policy(budget=256, window=window, gqa=gqa).encode()
-                expected = SPEC.overload_for("portable")(query, key, None, None, 0.2, None, policy).cpu()
+                expected = _portable(query, key, None, None, 0.2, None, policy).cpu()
                 with warnings.catch_warnings():
                     # NumPy's, whose maximum the interpreter uses.
                     warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-                    scores = SPEC.overload_for("triton")(query, key, None, None, 0.2, None, policy).cpu()
+                    scores = _triton(query, key, None, None, 0.2, None, policy).cpu()
                 assert expected[0, 0].isnan().all(), "the case holds no NaN"
                 assert torch.equal(scores.isnan(), expected.isnan()), f"NaN differ: G={group}, W={window}, {gqa}"
                 assert_near(scores.nan_to_num(), expected.nan_to_num().double(), torch.float32)
@@ -192,9 +216,10 @@ def _strides(draw: Draw) -> None:
     policy = Policy(budget=256).encode()
     contiguous = sums.float().to(draw.device)
     strided = contiguous.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    triton = SPEC.overload_for("triton")
-    scores = triton(query, key, None, contiguous, 0.2, None, policy)
-    assert torch.equal(scores, triton(query, key, None, strided, 0.2, None, policy)), "strides of lse change the result"
+    scores = _triton(query, key, None, contiguous, 0.2, None, policy)
+    assert torch.equal(scores, _triton(query, key, None, strided, 0.2, None, policy)), (
+        "strides of lse change the result"
+    )
 
 
 def _large_logits(draw: Draw) -> None:
@@ -209,26 +234,25 @@ def _large_logits(draw: Draw) -> None:
 
 def _nothing_to_observe(draw: Draw) -> None:
     """No queries, no batch rows, no keys, or a policy that needs no scores."""
-    triton = SPEC.overload_for("triton")
     policy = Policy(budget=64).encode()
     for batch, count, length in ((2, 0, 40), (0, 5, 40), (1, 5, 0)):
         query, key = _inputs(draw, batch, 2, 2, count, length, 32)
-        scores = triton(query, key, None, None, 0.2, None, policy)
+        scores = _triton(query, key, None, None, 0.2, None, policy)
         assert scores.shape == (batch, 2, length), f"scores have shape {list(scores.shape)}"
         assert not scores.any(), "scores of nothing are not 0"
     query, key = _inputs(draw, 1, 2, 2, 5, 40, 32)
     streaming = Policy(method="streamingllm", budget=64).encode()
-    assert not triton(query * torch.nan, key, None, None, 0.2, None, streaming).any(), "streamingllm has scores"
+    assert not _triton(query * torch.nan, key, None, None, 0.2, None, streaming).any(), "streamingllm has scores"
 
 
 def _repeatable(draw: Draw) -> None:
     """The same bits again, and from memory that held NaN."""
     query, key = _inputs(draw, 2, 2, 4, 50, 300, 64, torch.bfloat16)
     policy = Policy(budget=64, gqa="max").encode()
-    first = SPEC.overload_for("triton")(query, key, None, None, 0.125, None, policy)
+    first = _triton(query, key, None, None, 0.125, None, policy)
     freed = [torch.full((2, 2, 300), torch.nan, device=draw.device) for _ in range(8)]
     del freed
-    assert torch.equal(first, SPEC.overload_for("triton")(query, key, None, None, 0.125, None, policy)), "other bits"
+    assert torch.equal(first, _triton(query, key, None, None, 0.125, None, policy)), "other bits"
 
 
 CHECKS: dict[str, Callable[[Draw], None]] = {
