@@ -13,8 +13,8 @@ __all__ = ["kernels"]
 
 # Name, bytes, pointer type.
 _DTYPES: Final = (("bf16", 2), ("fp16", 2), ("fp32", 4))
-# Head dimension, group, window, reduction over the group, padding and sliding window, soft cap: a group whose rows make one block
-# and one whose rows make several, of whole windows or of parts of one; the mean and the maximum of each.
+# Head dimension, group, window, reduction over the group, padding and sliding window, soft cap: a group whose rows make
+# one block and one whose rows make several, of whole windows or of parts of one; the mean and the maximum of each.
 _SHAPES: Final = (
     (32, 1, 32, "mean", False, False),
     (64, 4, 32, "max", True, False),
