@@ -61,9 +61,9 @@ class OpSpec:
         return self.overload_for("auto")
 
     def overload_for(self, kernels: Kernels) -> OpOverload:
-        """Return the registered op as a graph calls it."""
+        """Return the registered op as a graph calls it; without a Triton implementation there is no choice."""
         packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        return getattr(packet, "default" if kernels == "auto" else kernels)
+        return getattr(packet, "default" if kernels == "auto" or self.triton is None else kernels)
 
     def run_triton(self, *args: Any) -> Any:
         """Call the Triton implementation.

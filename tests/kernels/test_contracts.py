@@ -127,6 +127,7 @@ def test_an_overload_is_one_object(kernel: kernels.Kernels) -> None:
 def test_registration_covers_the_dialect() -> None:
     assert sorted(spec.name for spec in SPECS) == [
         "attend_v1",
+        "attention_v1",
         "compact_v1",
         "decode_attention_v2",
         "extend_v2",
