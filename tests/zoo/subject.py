@@ -38,6 +38,8 @@ class Subject:
             way; by default :func:`greedy` over ``run``.
         prompt: Length of the prompts; no other size of the model may equal it or one of the next twelve, because
             attention is found by this size.
+        prefix: Tokens of its own that the decoder puts before the prompt.
+        windows: How many keys a query of a layer that slides, or that works in chunks, is given at most.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Subject:
     supports_padding: bool = False
     generate: Callable[[nn.Module, Tensor, Tensor | None, int], Tensor] | None = None
     prompt: int = 51
+    prefix: int = 0
+    windows: tuple[int, ...] = ()
 
 
 def grown(mask: Tensor | None, count: int = 1) -> Tensor | None:

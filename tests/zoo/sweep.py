@@ -1,0 +1,129 @@
+"""One type through all checks, as a row of plain data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from adakv_compile import Reason
+from adakv_compile.report import GraphReport
+from tests.zoo.causal_lm import subject
+from tests.zoo.checks import STEPS, Trial, count_graphs, identity, inputs, small_budget
+from tests.zoo.subject import Subject, greedy
+
+__all__ = ["Row", "examine"]
+
+
+@dataclass
+class Row:
+    """What is known of one type.
+
+    Attributes:
+        name: The type.
+        status: ``"compressed"``, ``"partly compressed"``, ``"refused"``, ``"nothing to compress"``, ``"not run"`` (by
+            transformers alone) or ``"crashed"``.
+        reasons: Why, a line each, each once.
+        problems: What the checks found wrong.
+        compressed: Number of attentions on a compressed cache.
+        attentions: Number of attentions.
+        graphs: Graphs of a prompt and its steps, with the backend.
+        graphs_alone: The same without it.
+        padded: Whether a batch with left padding was used.
+        seconds: Time that all of it took.
+    """
+
+    name: str
+    status: str = "crashed"
+    reasons: list[str] = field(default_factory=list[str])
+    problems: list[str] = field(default_factory=list[str])
+    compressed: int = 0
+    attentions: int = 0
+    graphs: int = 0
+    graphs_alone: int = 0
+    padded: bool = False
+    seconds: float = 0.0
+
+    def json(self) -> str:
+        """Return the row as one line of JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def parse(line: str) -> Row:
+        """Return the row that :meth:`json` wrote."""
+        return Row(**json.loads(line))
+
+
+def examine(name: str) -> Row:
+    """Run every check on a type; never raises."""
+    row = Row(name)
+    begin = time.monotonic()
+    tested = subject(name)
+    row.padded = tested.supports_padding
+    alone = _attempt(row, "not run", lambda: (_generate_alone(tested), count_graphs(tested, tested.supports_padding)))
+    if alone is None:
+        row.status = "not run"
+    else:
+        row.graphs_alone = alone[1]
+        _check(row, tested)
+    row.seconds = round(time.monotonic() - begin, 1)
+    return row
+
+
+def _check(row: Row, tested: Subject) -> None:
+    row.problems += _attempt(row, "(a)", lambda: identity(tested, tested.supports_padding)) or []
+    trial = _attempt(row, "(b)", lambda: small_budget(tested, tested.supports_padding))
+    if trial is None:
+        return
+    row.problems += trial.problems
+    row.graphs = len(trial.prompt) + len(trial.steps)
+    _judge(row, trial)
+    if trial.stores:
+        other = _attempt(row, "(c)", lambda: small_budget(tested, False, "snapkv", steps=False))
+        row.problems += [f"snapkv: {line}" for line in other.problems] if other is not None else []
+    if row.graphs > row.graphs_alone:
+        row.problems.append(f"(e) {row.graphs} graphs, {row.graphs_alone} without the backend")
+
+
+def _generate_alone(tested: Subject) -> torch.Tensor:
+    ids, mask = inputs(tested, tested.supports_padding)
+    return greedy(tested, tested.build(), ids, mask, STEPS)
+
+
+def _judge(row: Row, trial: Trial) -> None:
+    row.compressed, row.attentions = trial.stores, max(trial.attentions, len(trial.sites))
+    row.reasons = list(dict.fromkeys(_reasons(trial.prompt) + _reasons(trial.steps)))
+    serious = {site.refusal.reason for site in trial.sites if site.refusal is not None} - {Reason.NO_CACHE}
+    if trial.stores:
+        row.status = "compressed" if trial.stores == row.attentions else "partly compressed"
+    elif serious or any(graph.refusal is not None for graph in trial.prompt):
+        row.status = "refused"
+    else:
+        row.status = "nothing to compress"
+
+
+def _reasons(graphs: list[GraphReport]) -> list[str]:
+    found: list[str] = []
+    for graph in graphs:
+        refusals = [graph.refusal, *(site.refusal for site in graph.sites)]
+        # That the cache of a step is dense follows from what was refused in the prompt.
+        found += [
+            f"{refusal.reason.name}: {refusal.detail}".rstrip(": ")
+            for refusal in refusals
+            if refusal is not None and refusal.reason is not Reason.DENSE_CACHE
+        ]
+    return found
+
+
+def _attempt(row: Row, what: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001  (the sweep goes on, and says what happened)
+        text = " ".join(str(error).split())
+        line = f"{type(error).__name__}: {text[:300]}"
+        (row.reasons if what == "not run" else row.problems).append(line if what == "not run" else f"{what} {line}")
+        return None
