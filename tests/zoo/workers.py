@@ -28,13 +28,13 @@ class _Running:
     deadline: float
 
 
-def run_all(names: Sequence[str], jobs: int) -> Iterator[Row]:
-    """Yield a row for every type as it is done, ``jobs`` of them at a time."""
+def run_all(names: Sequence[str], jobs: int, quick: bool) -> Iterator[Row]:
+    """Yield a row for every type as it is done, ``jobs`` of them at a time, see :func:`tests.zoo.sweep.examine`."""
     waiting = list(names)
     running: dict[Connection, _Running] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            receiver, started = _start(waiting.pop(0))
+            receiver, started = _start(waiting.pop(0), quick)
             running[receiver] = started
         nearest = min(item.deadline for item in running.values())
         ready = wait(list(running), timeout=max(0.0, nearest - time.monotonic()))
@@ -44,19 +44,19 @@ def run_all(names: Sequence[str], jobs: int) -> Iterator[Row]:
                 yield _finish(receiver, item)
 
 
-def _start(name: str) -> tuple[Connection, _Running]:
+def _start(name: str, quick: bool) -> tuple[Connection, _Running]:
     # What was imported is there already in a process that is forked; importing takes longer than many a type.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, sender))
+    process = context.Process(target=_work, args=(name, quick, sender))
     process.start()
     sender.close()
     return receiver, _Running(name, process, time.monotonic() + MAX_SECONDS)
 
 
-def _work(name: str, sender: Connection) -> None:
+def _work(name: str, quick: bool, sender: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
-    sender.send(examine(name).json())
+    sender.send(examine(name, quick).json())
 
 
 def _finish(receiver: Connection, item: _Running) -> Row:

@@ -102,4 +102,4 @@ def run(model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None) -> tuple
     return logits, (memory, past)
 
 
-SUBJECT = Subject("cross", seeded(Seq2Seq), run, VOCAB)
+SUBJECT = Subject("cross", seeded(Seq2Seq), run, VOCAB, windows=(SOURCE,))

@@ -111,4 +111,4 @@ def run(model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None) -> tuple
     return model(ids, torch.arange(start, end, device=ids.device)), (model, end)
 
 
-SUBJECT = Subject("static", seeded(Transformer), run, VOCAB)
+SUBJECT = Subject("static", seeded(Transformer), run, VOCAB, windows=(MAX_LENGTH,))
