@@ -256,12 +256,8 @@ def make_view(
     """Return a view of ``store``; a decode step of a 32-layer model makes 64 of these, so nothing is checked."""
     anchor = store.anchor
     dim = store.value_dim if kind == "value" else store.key_dim
-    if layout is STANDARD:
-        shape = (store.batch, store.num_kv_heads, length, dim)
-        grows = 2
-    else:
-        shape = layout.shape(store.batch, store.num_kv_heads, length, dim)
-        grows = layout.sequence_dim
+    batch, heads = store.batch, store.num_kv_heads
+    shape = (batch, heads, length, dim) if layout is STANDARD else layout.shape(batch, heads, length, dim)
     view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
     view.anchor = anchor
     view.backing = store
@@ -269,10 +265,11 @@ def make_view(
     view.start = start
     view.length = length
     # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on.
-    view._dynamo_weak_dynamic_indices = {grows}
+    view._dynamo_weak_dynamic_indices = {2}
     view._has_dynamo_dim_marking = True
     if layout is not STANDARD:
-        view.axes = STANDARD if layout == STANDARD else layout
+        view.axes = STANDARD if layout.dims == STANDARD.dims else layout
+        view._dynamo_weak_dynamic_indices = {layout.sequence_dim}
     if pending is not None:
         view.waiting = pending
     return view

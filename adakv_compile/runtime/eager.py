@@ -12,7 +12,8 @@ from adakv_compile.runtime import arrange, changes
 from adakv_compile.runtime.attention import attend
 from adakv_compile.runtime.compressed import CompressedKV, storeless
 from adakv_compile.runtime.errors import CacheMismatchError, UnsupportedCacheOperation
-from adakv_compile.runtime.repeated import RepeatedKV, copy_repeated, expand, merge_dims
+from adakv_compile.runtime.layout import STANDARD
+from adakv_compile.runtime.repeated import RepeatedKV, copy_repeated, expand, merge_dims, rearrange
 
 __all__ = ["dispatch"]
 
@@ -97,7 +98,7 @@ def _unsupported(func: Any, view: CompressedKV, where: str = "in eager mode") ->
 def _with_heads(view: CompressedKV) -> CompressedKV | None:
     """Return a view as ``[B, H, L, D]``, its heads perhaps repeated; None if it isn't that."""
     if isinstance(view, RepeatedKV):
-        return view if view.inserted is None else None
+        return view if view.inserted is None and view.base.axes is STANDARD else None
     return arrange.as_standard(view)
 
 
@@ -181,5 +182,7 @@ _ON_REPEATED: Final[Mapping[Any, Handler]] = {
     aten.alias.default: copy_repeated,
     aten.clone.default: copy_repeated,
     aten.detach.default: copy_repeated,
+    aten.permute.default: rearrange(arrange.permute),
+    aten.transpose.int: rearrange(arrange.transpose),
     aten.view.default: merge_dims,
 }

@@ -15,15 +15,15 @@ from adakv_compile.runtime.compressed import CompressedKV, make_wrapper
 from adakv_compile.runtime.layout import STANDARD
 from adakv_compile.runtime.store import repeat_rows
 
-__all__ = ["RepeatedKV", "copy_repeated", "expand", "merge_dims", "repeat_batch"]
+__all__ = ["RepeatedKV", "copy_repeated", "expand", "merge_dims", "rearrange", "repeat_batch"]
 
 
 class RepeatedKV(CompressedKV):
     """A :class:`CompressedKV` with a repeated dimension, which owns nothing and refers to the view it repeats.
 
-    With ``inserted`` it has one dimension more than its base, beside the batch rows or, in the usual layout, before the
-    sequence: ``[B, Hkv, times, L, D]`` for ``inserted == 2``. Without, it is ``[B, Hkv * times, L, D]``, each KV head
-    ``times`` times in a row: what grouped-query attention without ``enable_gqa`` passes to the attention.
+    With ``inserted`` it has one dimension more than its base, beside the batch rows or after the heads:
+    ``[B, Hkv, times, L, D]`` for ``inserted == 2``. Without, it is ``[B, Hkv * times, L, D]``, each KV head ``times``
+    times in a row: what grouped-query attention without ``enable_gqa`` passes to the attention. Other layouts likewise.
 
     Attributes:
         base: The view that is repeated.
@@ -38,12 +38,13 @@ class RepeatedKV(CompressedKV):
     def dense(self, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         """Return the dense tensor of this shape, and which slots are held.
 
-        The latter has the same shape without the last dimension, or is the base's if that has an unusual layout.
+        The latter is ``[B, H, L]`` bool, with the heads repeated once they are. On its way there it has this shape
+        without the last dimension, or is the base's if that has another layout.
         """
-        dim = 1 if self.inserted is None else self.inserted
         entries, held = self.base.dense(fill)
-        if self.inserted is None:
-            return entries.repeat_interleave(self.times, dim), held.repeat_interleave(self.times, dim)
+        dim = self.inserted
+        if dim is None:
+            return entries.repeat_interleave(self.times, _heads_dim(self.base)), held.repeat_interleave(self.times, 1)
         entries = entries.unsqueeze(dim).expand(self.shape)
         return entries, held.unsqueeze(dim).expand(self.shape[:-1]) if self.base.axes is STANDARD else held
 
@@ -67,13 +68,15 @@ def expand(view: CompressedKV, size: Sequence[int]) -> Any:
     if dim == view.axes.batch_dim:
         return repeat_batch(view, times, interleave=False)
     usual = as_standard(view)
-    if usual is not None:
-        return _make(usual, times, None) if dim == 1 else NotImplemented
+    single = view if usual is None else usual
+    if dim == _heads_dim(single):
+        return _make(single, times, None)
     base = _without(view, dim)
-    if base is None or base.axes.batch_dim is None:
+    if base is None:
         return NotImplemented
-    places = (base.axes.batch_dim, base.axes.batch_dim + 1, *((2,) if base.axes is STANDARD else ()))
-    return _make(base, times, dim) if dim in places else NotImplemented
+    rows, heads = base.axes.batch_dim, _heads_dim(base)
+    beside_rows = rows is not None and dim in (rows, rows + 1)
+    return _make(base, times, dim) if beside_rows or (heads is not None and dim == heads + 1) else NotImplemented
 
 
 def merge_dims(view: RepeatedKV, size: Sequence[int]) -> Any:
@@ -85,14 +88,25 @@ def merge_dims(view: RepeatedKV, size: Sequence[int]) -> Any:
         wanted[wanted.index(-1)] = view.numel() // max(rest, 1)
     if wanted == known:
         return copy_repeated(view)
-    rows = base.axes.batch_dim
-    if dim is None or rows is None:
+    if dim is None:
         return NotImplemented
-    at = dim if dim == rows else dim - 1
-    merged = [*known[:at], known[at] * known[at + 1], *known[at + 2 :]]
-    if wanted != merged:
+    if dim == base.axes.batch_dim and wanted == _merged(known, dim):
+        return repeat_batch(base, times, interleave=False)
+    if wanted != _merged(known, dim - 1):
         return NotImplemented
-    return repeat_batch(base, times, interleave=dim != rows) if at == rows else _make(base, times, None)
+    if dim - 1 == base.axes.batch_dim:
+        return repeat_batch(base, times, interleave=True)
+    return _make(base, times, None) if dim - 1 == _heads_dim(base) else NotImplemented
+
+
+def rearrange(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what an operation that only orders dimensions does to repeated heads."""
+
+    def rearranged(view: RepeatedKV, *args: Any) -> Any:
+        base = change(view.base, *args) if view.inserted is None else NotImplemented
+        return base if base is NotImplemented else _make(base, view.times, None)
+
+    return rearranged
 
 
 def copy_repeated(view: RepeatedKV, **_: Any) -> RepeatedKV:
@@ -117,10 +131,20 @@ def _without(view: CompressedKV, dim: int) -> CompressedKV | None:
     return base if usual is None else usual
 
 
+def _heads_dim(view: CompressedKV) -> int | None:
+    dims = view.axes.dims
+    return dims.index("h") if "h" in dims else None
+
+
+def _merged(shape: Sequence[int], dim: int) -> list[int]:
+    """Return a shape with a dimension merged with the next one."""
+    return [*shape[:dim], math.prod(shape[dim : dim + 2]), *shape[dim + 2 :]]
+
+
 def _make(base: CompressedKV, times: int, inserted: int | None) -> RepeatedKV:
     shape: list[int] = list(base.shape)
     if inserted is None:
-        shape[1] *= times
+        shape[base.axes.dims.index("h")] *= times
     else:
         shape.insert(inserted, times)
     view = make_wrapper(RepeatedKV, torch.Size(shape), dtype=base.dtype, device=base.device)

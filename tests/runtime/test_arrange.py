@@ -218,7 +218,28 @@ REFUSED: dict[str, tuple[Layout, Kind, Change]] = {
     "merged rows repeated, each": (Layout(("bh", "d", "l")), "key", lambda kv: kv.repeat_interleave(2, 0)),
     "merged rows split": (Layout(("bh", "d", "l")), "key", lambda kv: kv.split(HEADS)),
     "heads by index": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv[:, :, torch.tensor([0])]),
-    "heads repeated in another layout": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv.repeat_interleave(2, 2)),
+    "merged heads repeated": (Layout(("b", "l", "hd")), "key", lambda kv: kv.repeat_interleave(2, 2)),
+    "all heads over again": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv.repeat(1, 1, 2, 1)),
+    "heads repeated, then appended to": (
+        Layout(("b", "l", "h", "d")),
+        "key",
+        lambda kv: torch.cat([kv.repeat_interleave(2, 2), torch.ones(2, 1, 6, KEY_DIM).double()], 1),
+    ),
+    "heads repeated, then selected": (
+        Layout(("b", "l", "h", "d")),
+        "key",
+        lambda kv: kv.repeat_interleave(2, 2)[torch.tensor([0])],
+    ),
+    "heads repeated, other merge": (
+        Layout(("b", "l", "h", "d")),
+        "key",
+        lambda kv: kv[:, :, :, None].expand(-1, -1, -1, 2, -1).reshape(2, 20, HEADS, 2 * KEY_DIM),
+    ),
+    "ordered while repeated": (
+        Layout(("b", "l", "h", "d")),
+        "key",
+        lambda kv: kv[:, :, :, None].expand(-1, -1, -1, 2, -1).transpose(1, 2),
+    ),
     "repeated along the sequence": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv.repeat(1, 2, 1, 1)),
     "expanded in front": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv.expand(4, 2, 20, HEADS, KEY_DIM)),
     "every second slot": (Layout(("b", "l", "h", "d")), "key", lambda kv: kv[:, ::2]),
@@ -311,3 +332,41 @@ def test_new_entries_in_another_layout() -> None:
                 with pytest.raises(CacheMismatchError, match="another model"):
                     torch.cat([view, wrong], layout.sequence_dim)
         assert math.prod(shape) == view.numel()
+
+
+REPEATED: dict[str, tuple[Layout, Change]] = {
+    "each": (Layout(("b", "l", "h", "d")), lambda kv: kv.repeat_interleave(2, 2)),
+    "expanded": (
+        Layout(("b", "l", "h", "d")),
+        lambda kv: kv[:, :, :, None, :].expand(2, 20, HEADS, 4, KEY_DIM).reshape(2, 20, HEADS * 4, KEY_DIM),
+    ),
+    "expanded only": (Layout(("b", "l", "h", "d")), lambda kv: kv[:, :, :, None].expand(-1, -1, -1, 2, -1)),
+    "and transposed": (Layout(("b", "l", "h", "d")), lambda kv: kv.repeat_interleave(2, 2).transpose(1, 2)),
+    "and permuted": (Layout(("l", "b", "h", "d")), lambda kv: kv.repeat_interleave(3, 2).permute(1, 2, 0, 3)),
+    "in front of the rows": (Layout(("h", "b", "l", "d")), lambda kv: kv.repeat_interleave(2, 0)),
+    "copied": (Layout(("b", "l", "h", "d")), lambda kv: kv.repeat_interleave(2, 2).clone().detach()),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("what", REPEATED)
+def test_heads_are_repeated_in_any_layout(what: str, inference: bool) -> None:
+    layout, change = REPEATED[what]
+    with torch.inference_mode(inference), torch.no_grad():
+        view = new_view(layout, "key")
+        found, expected = change(view), change(view.dense(FILL)[0])
+        assert found.shape == expected.shape
+        assert torch.equal(found.dense(FILL)[0], expected)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("layout", [Layout(("h", "b", "l", "d")), Layout(("b", "h", "d", "l")), STANDARD], ids=str)
+def test_rows_are_repeated_where_heads_are_beside_them(layout: Layout, inference: bool) -> None:
+    rows = layout.batch_dim
+    assert rows is not None
+    with torch.inference_mode(inference), torch.no_grad():
+        view = new_view(layout, "key")
+        dense = view.dense(FILL)[0]
+        agrees(view.repeat_interleave(3, rows), dense.repeat_interleave(3, rows))
+        times = [3 if dim == rows else 1 for dim in range(4)]
+        agrees(view.repeat(times), dense.repeat(times))

@@ -171,6 +171,9 @@ def _agrees(style: Style, cache: Cache, talk: Conversation, generator: torch.Gen
     key, value = style.read(cache)
     out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     torch.testing.assert_close(out, attention(query, talk))
+    by_token = (tensor.transpose(1, 2).repeat_interleave(2, dim=2) for tensor in (key, value))
+    out = F.scaled_dot_product_attention(query, *(tensor.transpose(1, 2) for tensor in by_token))
+    torch.testing.assert_close(out, attention(query, talk))
     repeated = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
     torch.testing.assert_close(F.scaled_dot_product_attention(query, *repeated), attention(query, talk))
 
