@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import fx
@@ -14,7 +13,7 @@ from adakv_compile.capture import Program
 from adakv_compile.kernels import attention
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
 from adakv_compile.passes.emit import Order
-from adakv_compile.passes.nodes import arg, shape_of, skip_no_ops, source_line, static_int
+from adakv_compile.passes.nodes import arg, same_size, shape_of, source_line, static_int
 from adakv_compile.passes.normalise import why_not_attention
 from adakv_compile.passes.products import PRODUCTS
 from adakv_compile.passes.spelled import SOFTMAXES
@@ -23,21 +22,6 @@ from adakv_compile.report import Reason, Refusal
 __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 
 aten = torch.ops.aten
-
-_PASSED_ON: Final = (
-    aten._to_copy.default,
-    aten.dropout.default,
-    aten.expand.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-    aten.permute.default,
-    # What attention sinks, differential attention and the like do to their weights.
-    aten.slice.Tensor,
-    aten.mul.Tensor,
-    aten.sub.Tensor,
-    aten.pow.Tensor_Scalar,
-)
 
 
 @dataclass(frozen=True)
@@ -170,14 +154,23 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
 
 
 def _is_weights(softmax: fx.Node) -> bool:
-    """Whether a softmax is multiplied with something, perhaps after some arithmetic."""
-    pending = list(softmax.users)
+    """Whether a softmax is multiplied with something, perhaps after some arithmetic that keeps it as large as it is."""
+    if len(shape_of(softmax)) < 3:
+        return False
+    columns = shape_of(softmax)[-1]
+    pending, seen = list(softmax.users), set(softmax.users)
     while pending:
         user = pending.pop()
         if user.target in PRODUCTS:
             return True
-        if skip_no_ops(user) is softmax or user.target in _PASSED_ON:
-            pending.extend(user.users)
+        value = user.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        # Sinks and other entries that are no keys are cut off.
+        if any(same_size(size, columns) or same_size(size + 1, columns) for size in value.shape[-2:]):
+            fresh = [other for other in user.users if other not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
     return False
 
 

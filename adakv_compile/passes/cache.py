@@ -48,7 +48,8 @@ class CacheUpdate:
         cached: What the caller keeps: ``whole``, or its newest entries in a sliding-window layer.
         slots: The outputs in which the caller gets ``cached``.
         layout: Their layout, and that of ``past``.
-        pair: Whether they hold the keys and the values.
+        holder: The tensor of keys and values that is returned, if ``cached`` is only put into it.
+        part: In a tensor of keys and values, which half this is: 0 for keys, 1 for values.
     """
 
     past: fx.Node | None
@@ -59,7 +60,13 @@ class CacheUpdate:
     cached: fx.Node
     slots: tuple[int, ...]
     layout: Layout
-    pair: bool
+    holder: fx.Node | None = None
+    part: int | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the caller keeps keys and values in one tensor."""
+        return self.part is not None
 
     @property
     def is_sliding(self) -> bool:
@@ -95,6 +102,7 @@ class _Returned:
     cached: fx.Node
     whole: fx.Node
     dims: Dims
+    holder: fx.Node | None = None
 
 
 def find_cache_update(program: Program, site: AttentionSite, which: str) -> CacheUpdate | Refusal:
@@ -114,7 +122,7 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
     if isinstance(split, Refusal):
         return split
     targets = {top.node: top.dims} if split is not None else {step.node: axes.resolve(step.dims) for step in steps}
-    found = _returned(program, axes, targets)
+    found = _returned(program, axes, targets) or _returned_in_pair(program, axes, targets)
     past, new = (None, None) if split is None else split
     source = None if past is None else _source_of(axes, past, top.dims)
     if past is not None and (source is None or source.node.op != "placeholder"):
@@ -147,8 +155,14 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
         cached=first.cached,
         slots=tuple(returned.slot for returned in found),
         layout=layout,
-        pair=layout.is_pair,
+        holder=first.holder,
+        part=_part_of(axes, first.dims),
     )
+
+
+def _part_of(axes: Axes, dims: Dims) -> int | None:
+    """Return which of a pair is used."""
+    return next((axes.picked[axis] for dim in dims for axis in dim if axis in axes.picked), None)
 
 
 def _read_only(program: Program, operand: Operand, which: str, top: Step) -> CacheUpdate | Refusal:
@@ -166,7 +180,7 @@ def _read_only(program: Program, operand: Operand, which: str, top: Step) -> Cac
         cached=top.node,
         slots=slots,
         layout=layout,
-        pair=layout.is_pair,
+        part=_part_of(operand.axes, top.dims),
     )
 
 
@@ -196,15 +210,19 @@ def _is_empty(node: fx.Node) -> bool:
 def _source_of(axes: Axes, past: fx.Node, dims: Dims) -> Step | None:
     """Return what the old part of a concatenation is a view of; its sequence is shorter than ``dims`` says."""
     names = [axis for dim in dims for axis in dim]
-    shorter = Axes(dict(axes.sizes), dict(axes.parts))
+    shorter = Axes(dict(axes.sizes), dict(axes.parts), dict(axes.picked))
     position = next((i for i, dim in enumerate(dims) if "column" in dim), None)
     if position is None or len(dims[position]) != 1:
         return None
     shorter.sizes["column"] = shape_of(past)[position]
     *_, top = climb(shorter, past, dims)
     found = shorter.resolve(top.dims)
-    complete = top.whole and sorted(axis for dim in found for axis in dim) == sorted(names)
-    return Step(top.node, found) if complete else None
+    new = shorter.picked.keys() - axes.picked.keys()
+    if sorted(axis for dim in found for axis in dim if axis not in new) != sorted(names):
+        return None
+    for axis in new:
+        axes.sizes[axis], axes.picked[axis] = shorter.sizes[axis], shorter.picked[axis]
+    return Step(top.node, found)
 
 
 def _returned(program: Program, axes: Axes, targets: Mapping[fx.Node, Dims]) -> list[_Returned]:
@@ -230,6 +248,41 @@ def _returned(program: Program, axes: Axes, targets: Mapping[fx.Node, Dims]) -> 
             break
     found = exact or newest
     return [returned for returned in found if returned.whole is found[0].whole]
+
+
+def _returned_in_pair(program: Program, axes: Axes, targets: Mapping[fx.Node, Dims]) -> list[_Returned]:
+    """Return the outputs in which one of ``targets`` lies beside another tensor of its shape."""
+    found: list[_Returned] = []
+    for slot, output in enumerate(program.outputs):
+        holder = skip_no_ops(output) if isinstance(output, fx.Node) else None
+        if holder is None or holder.target not in (aten.cat.default, aten.stack.default):
+            continue
+        parts = cast("list[fx.Node]", holder.args[0])
+        held = [_held(axes, part, targets) for part in parts]
+        if len(parts) != 2 or (held[0] is None) == (held[1] is None):
+            continue
+        index = 0 if held[1] is None else 1
+        target, dims = cast("tuple[fx.Node, Dims]", held[index])
+        dim = cast("int", arg(holder, 1, "dim", 0)) % len(shape_of(holder))
+        axis = axes.add("p", 2)
+        axes.picked[axis] = index
+        if holder.target is aten.stack.default:
+            dims = (*dims[:dim], (axis,), *dims[dim:])
+        else:
+            dims = (*dims[:dim], (axis, *dims[dim]), *dims[dim + 1 :])
+        found.append(_Returned(slot, target, target, dims, holder))
+    return found
+
+
+def _held(axes: Axes, part: fx.Node, targets: Mapping[fx.Node, Dims]) -> tuple[fx.Node, Dims] | None:
+    """Return the target that a value is a view of, and the dimensions of the value."""
+    scratch = Axes()
+    fresh = scratch.name(shape_of(part), [f"r{i}" for i in range(len(shape_of(part)))])
+    for step in climb(scratch, part, fresh):
+        if step.node in targets:
+            dims = _translated(axes, scratch, fresh, step, targets[step.node]) if step.whole else None
+            return None if dims is None else (step.node, dims)
+    return None
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
@@ -336,7 +389,8 @@ def readers_of(program: Program, updates: Iterable[CacheUpdate], attentions: fro
     output = next(iter(program.module.graph.find_nodes(op="output")))
     pending: list[fx.Node] = []
     for update in updates:
-        pending += [update.whole, update.cached] + ([update.past] if update.past is not None else [])
+        nodes = (update.whole, update.cached, update.past, update.holder)
+        pending += [node for node in nodes if node is not None]
     known = {output, *pending}
     found: list[str] = []
     while pending:

@@ -191,7 +191,7 @@ class Emitter:
 
 def _units(axes: Axes, dims: Dims, wanted: list[tuple[str, ...]]) -> tuple[Axes, Dims, list[tuple[str, ...]]]:
     """Let dimensions that are wanted as they are count as one axis, so that they are not split."""
-    kept = {dim: "*".join(dim) for dim in dims if len(dim) > 1 and dim in wanted}
+    kept: dict[tuple[str, ...], str] = {dim: "*".join(dim) for dim in dims if len(dim) > 1 and dim in wanted}
     if not kept:
         return axes, dims, wanted
     sizes = {**axes.sizes, **{name: axes.size(dim) for dim, name in kept.items()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import sympy
@@ -79,16 +80,16 @@ class MaskProver:
             else:
                 self._memo[memo] = self._prove(node, is_causal, queries, keys)
         proof = self._memo[memo]
-        if proof.biased and not proof.is_self_causal(q_len, kv_len):
+        if node is not None and proof.bias is not None and not proof.is_self_causal(q_len, kv_len):
             # Numbers of which nothing is known may hide what the rest shows: only "not the future" is of any use then.
-            return dataclasses.replace(proof, kind=MaskKind.UNPROVEN, padding=None, reason=proof.bias_reason)
+            return self._unproven(node, proof.bias, None)
         return proof
 
     def _prove(self, node: fx.Node, is_causal: bool, queries: sympy.Expr, keys: sympy.Expr) -> MaskProof:
         expr = self._reader.read(node)
         masked: float | None = None
         predicate: Expr | None = None
-        bias: list[str] = []
+        bias: list[NotProvedError] = []
         try:
             if is_causal:
                 raise NotProvedError("a mask together with is_causal", expr)
@@ -101,7 +102,7 @@ class MaskProver:
             proof,
             additive=masked is not None,
             masked_value=masked,
-            bias_reason=bias[0] if bias else None,
+            bias=bias[0] if bias else None,
             node=node,
             where=source_line(node),
         )
@@ -118,13 +119,13 @@ class MaskProver:
             raise NotProvedError(f"a mask of shape {tuple(shape)} for {queries} queries and {keys} keys", expr)
         return Geometry(padded[-1 - BATCH], queries, keys, self._sizes)
 
-    def _predicate(self, node: fx.Node, expr: Expr, bias: list[str]) -> tuple[Expr, float | None]:
+    def _predicate(self, node: fx.Node, expr: Expr, bias: list[NotProvedError]) -> tuple[Expr, float | None]:
         """Return where keys are visible, and what an additive mask adds where they are not.
 
         Args:
             node: The mask.
             expr: Its element.
-            bias: Takes what else an additive mask adds, in words.
+            bias: Takes what else an additive mask adds.
         """
         dtype = node.meta["val"].dtype
         if dtype is torch.bool:
@@ -135,40 +136,57 @@ class MaskProver:
         predicate = self._reader.simplify(self._visible(expr, hidden, bias))
         return predicate, max(hidden, default=-math.inf)
 
-    def _visible(self, expr: Expr, hidden: list[float], bias: list[str]) -> Expr:
+    def _visible(self, expr: Expr, hidden: list[float], bias: list[NotProvedError], factor: float = 1.0) -> Expr:
+        """Return where an additive mask hides nothing; see :meth:`_predicate`.
+
+        Args:
+            expr: What the mask adds, divided by ``factor``.
+            hidden: Takes what it adds where it hides.
+            bias: Takes what else it adds.
+            factor: A positive number.
+        """
         match expr:
             case Where(condition, yes, no):
-                return Where(condition, self._visible(yes, hidden, bias), self._visible(no, hidden, bias))
+                first, second = (self._visible(branch, hidden, bias, factor) for branch in (yes, no))
+                return Where(condition, first, second)
             case Float(value) if value == 0:
                 return Bool(True)
-            case Float(value) if value <= NEGLIGIBLE:
-                hidden.append(value)
+            case Float(value) if value * factor <= NEGLIGIBLE:
+                hidden.append(value * factor)
                 return Bool(False)
+            case Float(value) if math.isinf(value):
+                raise NotProvedError(f"it adds {value:g}", expr)
             case Float(value):
-                bias.append(f"it adds {value:g}, neither zero nor so little that an entry is hidden")
+                reason = f"it adds {value * factor:g}, neither zero nor so little that an entry is hidden"
+                bias.append(NotProvedError(reason, expr))
                 return Bool(True)
             case Load(name, index):
-                terms = self._terms(self._reader.leaves[name].node, index)
+                node = self._reader.leaves[name].node
+                scaled = _scale_of(node)
+                terms = self._at(node.args[:1], index) if scaled is not None else self._terms(node, index)
                 if terms is not None:
-                    return And(tuple(self._visible(term, hidden, bias) for term in terms))
-        bias.append(f"it adds numbers that aren't known: {show(expr)}")
+                    factor = factor * (1.0 if scaled is None else scaled)
+                    return And(tuple(self._visible(term, hidden, bias, factor) for term in terms))
+            case _:
+                pass
+        bias.append(NotProvedError(f"it adds numbers that aren't known: {show(expr)}", expr))
         return Bool(True)
 
     def _terms(self, node: fx.Node, index: tuple[Expr, ...]) -> list[Expr] | None:
         """Return what a value that isn't known is the sum of, at a position."""
         if node.target is aten.add.Tensor and node.args[2:] == () and node.kwargs.get("alpha", 1) == 1:
-            parts = node.args[:2]
-        elif is_cast(node):
-            parts = node.args[:1]
-        else:
-            return None
-        terms: list[Expr] = []
-        for part in parts:
-            if not isinstance(part, fx.Node) or not isinstance(part.meta.get("val"), torch.Tensor):
+            return self._at(node.args[:2], index)
+        return self._at(node.args[:1], index) if is_cast(node) else None
+
+    def _at(self, values: Sequence[object], index: tuple[Expr, ...]) -> list[Expr] | None:
+        """Return some values at a position of what they broadcast to."""
+        positions = {len(index) - 1 - dim: at for dim, at in enumerate(index)}
+        found: list[Expr] = []
+        for value in values:
+            if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
                 return None
-            positions = {len(index) - 1 - dim: at for dim, at in enumerate(index)}
-            terms.append(substitute(self._reader.read(part), positions))
-        return terms
+            found.append(substitute(self._reader.read(value), positions))
+        return found
 
     def _unproven(self, node: fx.Node, failure: NotProvedError, predicate: Expr | None) -> MaskProof:
         loads = loads_of(failure.culprit)
@@ -184,6 +202,17 @@ class MaskProver:
             where=source_line(culprit) or source_line(node),
             sizes=self._sizes,
         )
+
+
+def _scale_of(node: fx.Node) -> float | None:
+    """Return the positive number that a value is its first operand times."""
+    scales = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+    if node.target not in scales or len(node.args) != 2:
+        return None
+    factor = node.args[1]
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        return None
+    return 1.0 / factor if node.target in scales[2:] else float(factor)
 
 
 def _without_mask(is_causal: bool, sizes: Sizes) -> MaskProof:

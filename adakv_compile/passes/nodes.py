@@ -95,7 +95,8 @@ def source_line(node: fx.Node) -> SourceLine | None:
 
 def is_cast(node: fx.Node) -> bool:
     """Tell whether a node changes nothing but the floating-point type."""
-    if node.target is not aten._to_copy.default or set(node.kwargs) - {"dtype", "memory_format"}:
+    plain = node.target is aten._to_copy.default and not set(node.kwargs) - {"dtype", "memory_format"}
+    if not plain and node.target is not aten.type_as.default:
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and all(value.meta["val"].dtype.is_floating_point for value in (source, node))

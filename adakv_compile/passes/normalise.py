@@ -1,4 +1,4 @@
-"""Give attentions that are written out with products and a softmax the operator they mean, so that one analysis serves all.
+"""Give attentions that are written out with products and a softmax the operator they mean: one analysis serves all.
 
 The operator's call is added beside what it stands for, which stays in the graph: whatever the plan leaves alone is put
 back by the rewrite and runs to the last bit as the model wrote it.

@@ -232,25 +232,15 @@ def _mismatch(site: AttentionSite, key: CacheUpdate, value: CacheUpdate) -> str:
         return "only one of them drops old entries"
     if key.is_sliding and not same_size(key.cached_length, value.cached_length):
         return f"{key.cached_length} keys are kept, but {value.cached_length} values"
-    if key.pair or value.pair:
-        return "" if _is_pair(site, key, value) else "they are taken from one tensor in another way than as its halves"
+    if key.is_pair or value.is_pair:
+        fits = (key.part, value.part) == (0, 1) and key.slots == value.slots and key.layout == value.layout
+        return "" if fits else "they are taken from one tensor in another way than as its halves"
     if key.slots and set(key.slots) & set(value.slots):
         return "both are returned as the same output"
     if (key.new is None) != (value.new is None) or not same_size(key.new_length, value.new_length):
         return f"{key.new_length} new keys, {value.new_length} new values"
     dtypes = [update.whole.meta["val"].dtype for update in (key, value)]
     return "" if dtypes[0] == dtypes[1] else f"keys are {dtypes[0]}, values {dtypes[1]}"
-
-
-def _is_pair(site: AttentionSite, key: CacheUpdate, value: CacheUpdate) -> bool:
-    """Whether keys are the first and values the second half of one cached tensor."""
-    picked = [
-        [operand.axes.picked[axis] for dim in update.dims for axis in dim if axis in operand.axes.picked]
-        for update, operand in ((key, site.keys), (value, site.values))
-    ]
-    return (
-        key.whole is value.whole and key.cached is value.cached and key.layout == value.layout and picked == [[0], [1]]
-    )
 
 
 def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:

@@ -141,14 +141,19 @@ class _Rewriter:
                 self._arranged(emit, planned, cache, update.dims, which)
                 for cache, (update, which) in zip(caches, _kinds(planned), strict=True)
             )
-            cached = planned.key.cached
-            start = cast("int | fx.Node", arg(cached, 2, "start", 0)) if planned.key.is_sliding else None
-            padding = self._padding(planned, start)
+            padding = self._padding(planned)
+            seen = self._arranged(emit, planned, self._current(planned.key.whole), planned.key.dims, "key")
             scores = emit.call(
                 self._op(kernels.observe.SPEC, planned),
-                *(site.query, key, mask.lookup, padding, lse, site.sinks),
+                *(site.query, seen, mask.lookup, padding, lse, site.sinks),
                 *(site.scale, mask.sliding_window, site.softcap, policy),
             )
+            if planned.key.is_sliding:
+                # Queries saw more than the cache keeps.
+                start = cast("int | fx.Node", arg(planned.key.cached, 2, "start", 0))
+                scores = emit.call(aten.slice.Tensor, scores, 2, start)
+                scores = emit.call(aten.clone.default, scores, memory_format=torch.contiguous_format)
+                padding = self._padding(planned, start)
             kept = emit.call(
                 self._op(kernels.select.SPEC, planned),
                 *(scores, padding, mask.sliding_window, policy),
@@ -232,7 +237,7 @@ class _Rewriter:
                 key, value = cast("tuple[fx.Node, fx.Node]", site.node.args[1:3])
             else:
                 key, value = (
-                    self._arranged(emit, planned, self.replaced.get(update.whole, update.whole), update.dims, which)
+                    self._arranged(emit, planned, self._current(update.whole), update.dims, which)
                     for update, which in _kinds(planned)
                 )
             if choice.name == "sdpa":
@@ -250,9 +255,7 @@ class _Rewriter:
                 out, lse = (emit.call(operator.getitem, out_and_lse, i) for i in range(2))
             out = self._in_layout_of(emit, out, site.node)
         site.node.replace_all_uses_with(out)
-        # A sliding cache scores only what it keeps, which is less than what the queries saw.
-        gives = kernels.prefill_attention.BACKENDS[choice.name].gives_lse and not planned.key.is_sliding
-        return lse if gives else None
+        return lse if kernels.prefill_attention.BACKENDS[choice.name].gives_lse else None
 
     # -- pieces -----------------------------------------------------------------------------------------------------
 
@@ -318,6 +321,10 @@ class _Rewriter:
             self.replaced[update.whole] = update.new
         return update.new if update.cached is update.whole else update.cached
 
+    def _current(self, whole: fx.Node) -> fx.Node:
+        """Return what stands for a cache after empty pasts were dropped."""
+        return self.replaced.get(whole, whole)
+
     def _padding(self, planned: PlannedSite, start: int | fx.Node | None = None) -> fx.Node | None:
         """Emit the padding of all columns, or of those from ``start`` on, if there is any."""
         fact = planned.mask.padding
@@ -368,13 +375,13 @@ class _Rewriter:
         count = tokens if isinstance(tokens, int) else self._result(tokens)
         for update, which in _kinds(planned):
             for slot in update.slots:
-                self.cached[slot] = Made(first, "pair" if update.pair else which, count, past, cached, update.layout)
+                self.cached[slot] = Made(first, "pair" if update.is_pair else which, count, past, cached, update.layout)
 
     def _return_grown(self, planned: PlannedSite, past: int) -> None:
         cached = self._cached_length(planned.key)
         for update, which in _kinds(planned):
             for slot in update.slots:
-                self.cached[slot] = Grown(past, "pair" if update.pair else which, cached, update.layout)
+                self.cached[slot] = Grown(past, "pair" if update.is_pair else which, cached, update.layout)
 
     def _result(self, node: fx.Node) -> Returned:
         """Return ``node`` from the graph, once for every symbolic value."""

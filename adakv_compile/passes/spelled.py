@@ -73,14 +73,15 @@ def understand(softmax: fx.Node) -> Meaning:
     summed = label(axes, weighing)
     if summed is None:
         raise NotUnderstoodError(f"the weights go into a product that is not understood, {weighing.args[0]}")
-    dims, sink = _dims_of_softmax(axes, softmax, summed)
-    if len(dims[-1]) != 1 or arg(softmax, 1, "dim") not in (-1, len(dims) - 1):
+    weights = _weights_side(summed, softmax)
+    dims, sink = _dims_of_softmax(axes, softmax, weights)
+    over = arg(softmax, 1, "dim")
+    over = over % len(dims) if isinstance(over, int) else -1
+    if over < 0 or len(dims[over]) != 1 or (sink and over != len(dims) - 1):
         raise NotUnderstoodError(f"a softmax over dimension {arg(softmax, 1, 'dim')} of {len(dims)}")
-    column = dims[-1]
-    values, value_dims = (
-        (summed.right, summed.right_dims) if column[0] in _names(axes, summed.right_dims) else (None, None)
-    )
-    if values is None or value_dims is None:
+    column = dims[over]
+    values = (summed.right, summed.right_dims) if weights[0] is summed.left else (summed.left, summed.left_dims)
+    if column[0] not in _names(axes, values[1]) or column[0] in _names(axes, summed.dims):
         raise NotUnderstoodError("the weights are not what the values are summed with")
     logits = Logits()
     scored, scored_dims = read_logits(axes, tensor_of(softmax.args[0]), dims, logits, sink)
@@ -89,7 +90,7 @@ def understand(softmax: fx.Node) -> Meaning:
         raise NotUnderstoodError("the logits come from a product that is not understood")
     if scored.target is aten.baddbmm.default:
         read_baddbmm(scored, scored_dims, logits)
-    return _assemble(axes, weighing, summed, product, (values, value_dims), dims, logits)
+    return _assemble(axes, weighing, summed, product, values, dims, column, logits)
 
 
 # -- the shape of it -------------------------------------------------------------------------------------------------
@@ -102,6 +103,7 @@ def _assemble(
     product: Product,
     values: tuple[fx.Node, Dims],
     dims: Dims,
+    column: tuple[str, ...],
     logits: Logits,
 ) -> Meaning:
     """Tell the axes apart.
@@ -113,9 +115,9 @@ def _assemble(
         product: The first product.
         values: The values in the second product and their dimensions.
         dims: Dimensions of the softmax.
+        column: The one that it is over.
         logits: What is done between the products.
     """
-    column = dims[-1]
     sides = [(product.left, product.left_dims), (product.right, product.right_dims)]
     with_column = [column[0] in _names(axes, side) for _, side in sides]
     if with_column == [True, False]:
@@ -128,12 +130,11 @@ def _assemble(
     column = axes.flat(column)
     inner = _shared_inner(axes, product, sides)
     out = axes.resolve(summed.dims)
-    outer = tuple(
-        a for a in _names(axes, summed.right_dims) if a not in column and a not in _names(axes, summed.left_dims)
-    )
+    weights_dims = summed.left_dims if values[0] is summed.right else summed.right_dims
+    outer = tuple(a for a in _names(axes, values[1]) if a not in column and a not in _names(axes, weights_dims))
     query_axes, key_axes, value_axes = (_names(axes, step.dims) for step in (query, key, value))
     rows = [a for a in query_axes if a not in inner and a not in key_axes and a not in value_axes]
-    row = _row_of(axes, dims, rows)
+    row = _row_of(axes, dims, column, rows)
     outside = {*column, *inner, *row, *outer}
     free = [a for dim in out for a in dim if a not in outside]
     repeated = [
@@ -177,13 +178,13 @@ def _batch_and_heads(axes: Axes, held: Sequence[str], key: Step) -> tuple[tuple[
     return tuple(held[:1]), tuple(held[1:])
 
 
-def _row_of(axes: Axes, dims: Dims, rows: Sequence[str]) -> tuple[str, ...]:
+def _row_of(axes: Axes, dims: Dims, column: tuple[str, ...], rows: Sequence[str]) -> tuple[str, ...]:
     """Return the sequence among the axes that only queries have; the others group queries on a head."""
     if not rows:
         raise NotUnderstoodError("the queries have no sequence")
     order = [a for a in _names(axes, dims) if a in rows]
-    in_front_of_keys = [a for a in axes.flat(dims[-2]) if a in rows]
-    return tuple((in_front_of_keys or order)[-1:])
+    beside = dims[-1] if axes.flat(dims[-1]) != axes.flat(column) else dims[-2]
+    return tuple(([a for a in axes.flat(beside) if a in rows] or order)[-1:])
 
 
 def _shared_inner(axes: Axes, product: Product, sides: Sequence[tuple[fx.Node, Dims]]) -> tuple[str, ...]:
@@ -240,9 +241,20 @@ def _product_of(softmax: fx.Node) -> fx.Node:
         node = user
 
 
-def _dims_of_softmax(axes: Axes, softmax: fx.Node, summed: Product) -> tuple[Dims, bool]:
+def _weights_side(summed: Product, softmax: fx.Node) -> tuple[fx.Node, Dims]:
+    """Return the operand of the second product that is made from the softmax."""
+    for operand, dims in ((summed.left, summed.left_dims), (summed.right, summed.right_dims)):
+        node = operand
+        while node is not softmax and node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        if node is softmax:
+            return operand, dims
+    raise NotUnderstoodError("the weights are not what the values are summed with")
+
+
+def _dims_of_softmax(axes: Axes, softmax: fx.Node, weights: tuple[fx.Node, Dims]) -> tuple[Dims, bool]:
     """Return the dimensions of the softmax, and whether its last entry, a sink, is dropped."""
-    node, dims, sink = summed.left, summed.left_dims, False
+    (node, dims), sink = weights, False
     while node is not softmax:
         if _is_inactive_dropout(node):
             node = tensor_of(node.args[0])
@@ -250,12 +262,12 @@ def _dims_of_softmax(axes: Axes, softmax: fx.Node, summed: Product) -> tuple[Dim
             if sink:
                 raise NotUnderstoodError("more than one entry of the weights is dropped")
             sink, node = True, tensor_of(node.args[0])
+        elif is_cast(node):
+            node = tensor_of(node.args[0])
         else:
-            steps = climb(axes, node, dims, casts=True)
+            steps = climb(axes, node, dims)
             next(steps)
             above = next(steps, None)
-            if above is None and is_cast(node):
-                above = Step(tensor_of(node.args[0]), dims)
             if above is None or not above.whole or (sink and above.dims != axes.resolve(dims)):
                 raise NotUnderstoodError(f"the weights go through {node.target}")
             node, dims = above.node, above.dims

@@ -12,6 +12,7 @@ from torch import fx
 
 from adakv_compile.report import SourceLine
 from adakv_compile.symbolic.expr import Expr, show
+from adakv_compile.symbolic.refuse import NotProvedError
 from adakv_compile.symbolic.sizes import Sizes
 
 __all__ = ["NEGLIGIBLE", "MaskKind", "MaskProof", "Offset", "PaddingFact", "PaddingRelation"]
@@ -81,10 +82,11 @@ class MaskProof:
         prefix: Columns that every query sees.
         padding: What hides padding, and-ed to the rest.
         additive: Whether the mask is added to the logits, instead of being boolean.
-        bias_reason: For an additive mask that adds other numbers as well, what was found of them. The proof says then what
-            is hidden at least: entries may be hidden beyond it.
+        bias: For an additive mask that adds other numbers as well, what was found of them. The proof then says what is
+            hidden at least.
         masked_value: The largest number that an additive mask adds at hidden keys: ``-inf``, ``finfo.min`` or what a
-            model's author took for large enough. With the latter two a query that sees nothing averages all values, with the former its result is NaN or zero.
+            model's author took for low enough. With a number a query that sees nothing averages all values, with
+            ``-inf`` its result is NaN or zero.
         predicate: The mask as an index expression, true where visible, if it could be read.
         steps: How the proof went, for people.
         reason: Why there is none, for ``UNPROVEN``.
@@ -102,7 +104,7 @@ class MaskProof:
     padding: PaddingFact | None = None
     additive: bool = False
     masked_value: float | None = None
-    bias_reason: str | None = None
+    bias: NotProvedError | None = None
     predicate: Expr | None = None
     steps: tuple[str, ...] = ()
     reason: str | None = None
@@ -113,7 +115,7 @@ class MaskProof:
     @property
     def biased(self) -> bool:
         """Whether the mask adds numbers to what is visible."""
-        return self.bias_reason is not None
+        return self.bias is not None
 
     @property
     def proved(self) -> bool:

@@ -78,7 +78,9 @@ class _TwoReaders(OneLayer):
 
 class _SharedCache(OneLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(q, k, v) + super().attend(q * 2, k, v)
+        # One attention that is understood beside one that is not.
+        other = torch.softmax((q @ k.repeat_interleave(2, 1).mT).masked_fill(~causal(q.shape[2], k.shape[2]), -9.0), -1)
+        return super().attend(q, k, v) + other.square() @ v.repeat_interleave(2, 1)
 
 
 class _Scaled(OneLayer):
@@ -128,7 +130,7 @@ class _WrongRepeat(OneLayer):
 
 STRUCTURES: dict[str, type[OneLayer]] = {
     "two readers": _TwoReaders,
-    "two attentions on one cache": _SharedCache,
+    "an attention beside one that is not understood": _SharedCache,
     "keys changed after the cache": _Scaled,
     "keys returned for values": _ValuesOnly,
     "keys used as values": _OneTensor,

@@ -49,6 +49,20 @@ MEANT: dict[str, Attend] = {
     "inactive dropout": lambda q, k, v, seen: (
         nn.functional.dropout((q @ k.mT / 4 + additive(seen)).softmax(-1), 0.5, False) @ v
     ),
+    "mask scaled with the logits": lambda q, k, v, seen: weigh((q @ k.mT + additive(seen)) * 0.25, v),
+    "a billion for infinity": lambda q, k, v, seen: weigh(q @ k.mT / 4 + additive(seen, -1e9), v),
+    "the maximum taken off": lambda q, k, v, seen: weigh(
+        (w := q @ k.mT / 4 + additive(seen)) - w.amax(-1, keepdim=True), v
+    ),
+    "by einsum": lambda q, k, v, seen: torch.einsum(
+        "bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) / 4 + additive(seen)).softmax(-1), v
+    ),
+    "by bmm over merged heads": lambda q, k, v, seen: torch.bmm(
+        (torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) / 4 + additive(seen)).softmax(-1), v.flatten(0, 1)
+    ).unflatten(0, q.shape[:2]),
+    "over the first of two dimensions": lambda q, k, v, seen: (
+        (v.mT @ (k @ q.mT / 4 + additive(seen).mT).softmax(-2)).mT
+    ),
     "the last dimension by its number": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).softmax(3) @ v,
 }
 
@@ -106,16 +120,19 @@ def test_a_prompt_by_the_operator_without_a_mask() -> None:
 
 OTHER: dict[str, Attend] = {
     "keys scaled after the cache": lambda q, k, v, seen: weigh(q @ (k * 0.25).mT + additive(seen), v),
-    "soft cap": lambda q, k, v, seen: weigh(torch.tanh(q @ k.mT / 8) * 2 + additive(seen), v),
-    "sink": lambda q, k, v, seen: (
+    "cap that differs from what it divides by, below a mask": lambda q, k, v, seen: weigh(
+        torch.tanh((q @ k.mT + additive(seen)) / 8) * 2, v
+    ),
+    "cap of the weights": lambda q, k, v, seen: torch.tanh((q @ k.mT / 4 + additive(seen)).softmax(-1)) @ v,
+    "capped twice": lambda q, k, v, seen: weigh(torch.tanh(torch.tanh(q @ k.mT / 8)) * 2 + additive(seen), v),
+    "cap that turns signs": lambda q, k, v, seen: weigh(torch.tanh(q @ k.mT / 8) * -2 + additive(seen), v),
+    "sink for every query": lambda q, k, v, seen: (
         torch.cat([q @ k.mT / 4 + additive(seen), torch.ones_like(q[..., :1])], -1).softmax(-1)[..., :-1] @ v
     ),
-    "mask scaled with the logits": lambda q, k, v, seen: weigh((q @ k.mT + additive(seen)) * 0.25, v),
     "mask with a factor": lambda q, k, v, seen: weigh(torch.add(q @ k.mT / 4, additive(seen), alpha=0.5), v),
     "mask that hides too little": lambda q, k, v, seen: weigh(q @ k.mT / 4 + additive(seen, -3.0), v),
     "filled with too little": lambda q, k, v, seen: weigh((q @ k.mT / 4).masked_fill(~seen, -3.0), v),
     "filled where visible": lambda q, k, v, seen: weigh((q @ k.mT / 4).masked_fill(seen, LOWEST), v),
-    "position bias": lambda q, k, v, seen: weigh(q @ k.mT / 4 + additive(seen) - 0.1 * torch.arange(k.shape[2]), v),
     "softmax over the queries": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).softmax(-2) @ v,
     "softmax over the heads": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).softmax(1) @ v,
     "weights squared": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).softmax(-1) ** 2 @ v,

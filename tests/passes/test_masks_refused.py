@@ -183,21 +183,10 @@ CASES: dict[str, Refused] = {
     ),
     # Numbers that a softmax would see.
     "a-float-bias": Refused(lambda x, k, p: torch.rand(QUERIES, KEYS), UNPROVEN, "rand"),
-    "a-distance": Refused(
-        lambda x, k, p: float_of(causal(x, k, p)) + (columns(k) - rows(x, k)).float(), UNPROVEN, "add"
-    ),
     "minus-one": Refused(lambda x, k, p: float_of(causal(x, k, p), -1.0), UNPROVEN, "-1"),
-    "minus-a-billion": Refused(lambda x, k, p: float_of(causal(x, k, p), -1e9), UNPROVEN, "-1e+09"),
-    "lowest-of-a-narrower-dtype": Refused(
-        lambda x, k, p: float_of(causal(x, k, p), torch.finfo(torch.float16).min), UNPROVEN, "-65504"
-    ),
     "plus-infinity": Refused(lambda x, k, p: float_of(causal(x, k, p), torch.inf), UNPROVEN, "inf"),
-    "one-added-to-all": Refused(lambda x, k, p: float_of(causal(x, k, p)) + 1.0, UNPROVEN, "adds 1"),
     "not-a-number": Refused(lambda x, k, p: (1 - causal(x, k, p).float()) * -torch.inf, UNPROVEN, "mul"),
     "lowest-minus-lowest": Refused(lambda x, k, p: float_of(causal(x, k, p)) - float_of(causal(x, k, p)), FULL, "full"),
-    "scaled-padding": Refused(
-        lambda x, k, p: (1.0 - p[:, None, None].float()) * LOWEST + float_of(causal(x, k, p)), UNPROVEN, "add"
-    ),
     "a-mask-of-numbers": Refused(lambda x, k, p: causal(x, k, p).float(), UNPROVEN, "adds 1"),
     "a-mask-of-integers": Refused(lambda x, k, p: causal(x, k, p).long(), UNPROVEN, "torch.int64"),
     "a-tiny-number": Refused(

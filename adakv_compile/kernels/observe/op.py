@@ -15,8 +15,8 @@
 | result           | `[B, Hkv, L]` float32    | contiguous, raw (not pooled), newly allocated                |
 
 Softmax over the visible keys, mean over the window, mean or max over the query group (Ada-KV, Algorithm 2, lines 1-3).
-A sliding-window layer passes the slice of keys that its cache keeps: scores are normalised over what can be kept, and
-queries that lie before the slice (`L < T`) are not counted. Queries that are padding are not counted either.
+Scores are those of the attention itself: a sliding-window layer passes all keys that its queries saw, and cuts the
+scores to what its cache keeps. Queries that lie before the first key (`L < T`) or are padding are not counted.
 A mask replaces the causal and the sliding rule; padding comes on top. Its last column belongs to the last key, its
 last row to the last query, and `M` is `L` or more. A float mask is added to the capped logits. A sink is one more term
 of its head's softmax, so that scores sum to less. What the attention itself returns for free may be given as `lse`, if
