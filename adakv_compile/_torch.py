@@ -32,6 +32,7 @@ __all__ = [
     "fresh_size",
     "guards_on",
     "is_fake",
+    "is_kept_by_module",
     "mode_patches",
     "route_generate",
     "seconds_compiling",
@@ -52,6 +53,11 @@ def fake_mode_of_this_compile() -> FakeTensorMode | None:
 def is_fake(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is fake (has a shape but no data)."""
     return isinstance(tensor, FakeTensor)
+
+
+def is_kept_by_module(tensor: torch.Tensor) -> bool:
+    """Tell whether Dynamo found an example input as an attribute of a module, not among a call's arguments."""
+    return not is_fake(tensor) and getattr(tensor, "_dynamo_static_input_type", None) is not None
 
 
 def specialise_float_inputs(gm: fx.GraphModule) -> None:

@@ -7,10 +7,13 @@ shape.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final, Literal
+
+from torch import Tensor
 
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
 from adakv_compile.runtime.compressed import CompressedKV, Kind, make_view
@@ -19,6 +22,7 @@ from adakv_compile.runtime.store import LayerStore
 
 __all__ = [
     "STORE_TENSORS",
+    "Assumed",
     "Boundary",
     "CachedLength",
     "Dimension",
@@ -141,13 +145,41 @@ class Grown:
 Output = Returned | Made | Grown
 
 
+class Assumed:
+    """An argument that is a tensor of the model, a causal mask say, whose values the graph was made for.
+
+    Args:
+        index: Index of the argument.
+        tensor: The tensor as it was; it is not kept alive.
+    """
+
+    __slots__ = ("_tensor", "_version", "index")
+
+    def __init__(self, index: int, tensor: Tensor) -> None:
+        self.index = index
+        self._tensor = weakref.ref(tensor)
+        self._version = tensor._version  # pyright: ignore[reportPrivateUsage]
+
+    def holds(self, argument: Tensor) -> bool:
+        """Tell whether an argument is that tensor, not written to since."""
+        return argument is self._tensor() and argument._version == self._version  # pyright: ignore[reportPrivateUsage]
+
+
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """How arguments and results of the compiled graph relate to those of Dynamo's graph."""
+    """How arguments and results of the compiled graph relate to those of Dynamo's graph.
+
+    Attributes:
+        inputs: Where the compiled graph's arguments come from.
+        pasts: The compressed pasts.
+        outputs: What the caller gets.
+        assumed: Arguments that must be what they were when the graph was made.
+    """
 
     inputs: tuple[Input, ...]
     pasts: tuple[Past, ...]
     outputs: tuple[Output, ...]
+    assumed: tuple[Assumed, ...] = ()
 
 
 def bind(
@@ -162,11 +194,14 @@ def bind(
     """
     if not boundary.pasts and all(isinstance(output, Returned) for output in boundary.outputs):
         return compiled
-    pasts = boundary.pasts
+    pasts, assumed = boundary.pasts, boundary.assumed
     getters = [_getter(source) for source in boundary.inputs]
     layouts = _layouts(boundary.outputs)
 
     def run(*args: Any) -> Sequence[Any]:
+        for assumption in assumed:
+            if not assumption.holds(args[assumption.index]):
+                return fallback(*args)
         stores: list[LayerStore] = []
         for past in pasts:
             key, value = args[past.key], args[past.value]

@@ -41,6 +41,7 @@ class Program:
         inputs: The placeholders, in the order of the example inputs.
         compressed: The placeholders whose example input is a ``CompressedKV``; in the graph they are dense.
         layouts: The layouts of those.
+        kept: The placeholders that are attributes of modules, with their tensors.
         outputs: The values the user's code gets back, in order.
         mutated: For every input that the user's code changes in place, the placeholder and its final value.
         fake_mode: The mode all fakes live in.
@@ -52,6 +53,7 @@ class Program:
     inputs: tuple[fx.Node, ...]
     compressed: frozenset[fx.Node]
     layouts: Mapping[fx.Node, Layout]
+    kept: Mapping[fx.Node, torch.Tensor]
     outputs: tuple[object, ...]
     mutated: tuple[tuple[fx.Node, fx.Node], ...]
     fake_mode: _torch.FakeTensorMode
@@ -97,6 +99,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
         inputs=inputs,
         compressed=frozenset(layouts),
         layouts=layouts,
+        kept={
+            node: example
+            for node, example in zip(inputs, example_inputs, strict=True)
+            if isinstance(example, torch.Tensor) and _torch.is_kept_by_module(example)
+        },
         outputs=tuple(returned[len(mutated) :]),
         mutated=changed,
         fake_mode=fake_mode,

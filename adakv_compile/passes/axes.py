@@ -332,4 +332,4 @@ def _part_of(axes: Axes, step: Step, several: fx.Node, index: int) -> Step | Non
 def _divides(number: Size, size: Size) -> bool:
     if isinstance(number, int) and isinstance(size, int):
         return number <= size and size % number == 0
-    return same_size(size % number, 0)
+    return same_size(cast("torch.SymInt", size) % number, 0)

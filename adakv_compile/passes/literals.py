@@ -67,7 +67,7 @@ def is_zero(node: fx.Node) -> bool:
         node = skip_no_ops(tensor_of(node.args[0]))
     if node.target is aten.zeros.default:
         return True
-    return node.target is aten.full.default and node.args[1] == 0
+    return node.target is aten.full.default and number_of(node.args[1]) == 0
 
 
 def tensor_of(value: object) -> fx.Node:

@@ -11,7 +11,8 @@ import sympy
 import torch
 from torch import fx
 
-from adakv_compile.passes.nodes import is_cast, source_line
+from adakv_compile.passes.constants import Constants
+from adakv_compile.passes.nodes import is_cast, skip_no_ops, source_line
 from adakv_compile.symbolic.classify import Geometry, classify
 from adakv_compile.symbolic.expr import (
     BATCH,
@@ -52,11 +53,13 @@ class MaskProver:
 
     Args:
         graph: A captured graph; it is only read. ``None`` when no attention has a mask.
+        constants: What the model keeps.
     """
 
-    def __init__(self, graph: fx.Graph | None) -> None:
+    def __init__(self, graph: fx.Graph | None, constants: Constants | None = None) -> None:
         self._sizes = Sizes() if graph is None else Sizes.of(_sizes_in(graph))
-        self._reader = Reader(self._sizes, VOCABULARY)
+        self._constants = Constants({}) if constants is None else constants
+        self._reader = Reader(self._sizes, VOCABULARY, self._constants.expression)
         self._memo: dict[tuple[fx.Node | None, bool, sympy.Expr, sympy.Expr], MaskProof] = {}
 
     def prove(
@@ -162,7 +165,7 @@ class MaskProver:
                 return Bool(True)
             case Load(name, index):
                 node = self._reader.leaves[name].node
-                scaled = _scale_of(node)
+                scaled = self._scale_of(node)
                 terms = self._at(node.args[:1], index) if scaled is not None else self._terms(node, index)
                 if terms is not None:
                     factor = factor * (1.0 if scaled is None else scaled)
@@ -171,6 +174,18 @@ class MaskProver:
                 pass
         bias.append(NotProvedError(f"it adds numbers that aren't known: {show(expr)}", expr))
         return Bool(True)
+
+    def _scale_of(self, node: fx.Node) -> float | None:
+        """Return the positive number that a value is its first operand times."""
+        scales = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+        if node.target not in scales or len(node.args) != 2:
+            return None
+        factor: object = node.args[1]
+        if isinstance(factor, fx.Node):
+            factor = self._constants.number(skip_no_ops(factor))
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            return None
+        return 1.0 / factor if node.target in scales[2:] else float(factor)
 
     def _terms(self, node: fx.Node, index: tuple[Expr, ...]) -> list[Expr] | None:
         """Return what a value that isn't known is the sum of, at a position."""
@@ -202,17 +217,6 @@ class MaskProver:
             where=source_line(culprit) or source_line(node),
             sizes=self._sizes,
         )
-
-
-def _scale_of(node: fx.Node) -> float | None:
-    """Return the positive number that a value is its first operand times."""
-    scales = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-    if node.target not in scales or len(node.args) != 2:
-        return None
-    factor = node.args[1]
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-        return None
-    return 1.0 / factor if node.target in scales[2:] else float(factor)
 
 
 def _without_mask(is_causal: bool, sizes: Sizes) -> MaskProof:

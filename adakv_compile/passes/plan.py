@@ -12,6 +12,7 @@ from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update, readers_of
+from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, source_line, static_int
@@ -94,11 +95,13 @@ class Plan:
         sites: The attentions to rewrite.
         left: The attentions left alone: index, node and reason.
         policies: What each of ``sites`` keeps, as ``Policy.encode()``.
+        assumed: Inputs that the model keeps and whose values were relied on.
     """
 
     sites: tuple[PlannedSite, ...]
     left: tuple[tuple[int, fx.Node, Refusal], ...]
     policies: tuple[str, ...]
+    assumed: tuple[fx.Node, ...] = ()
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -137,7 +140,8 @@ def make_plan(program: Program, options: Options) -> Plan:
         program: The captured graph.
         options: The user's options.
     """
-    prover = MaskProver(program.module.graph)
+    constants = Constants(program.kept)
+    prover = MaskProver(program.module.graph, constants)
     groups: dict[tuple[fx.Node, fx.Node], list[_Candidate]] = {}
     left: list[tuple[int, fx.Node, Refusal]] = []
     for index, site in enumerate(find_attention(program)):
@@ -155,7 +159,7 @@ def make_plan(program: Program, options: Options) -> Plan:
             found.extend(decided)
     layers = sum(planned.owner is None for planned in found)
     policies = tuple(options.policy(planned.layer, layers).encode() for planned in found)
-    return Plan(tuple(found), tuple(sorted(left, key=lambda entry: entry[0])), policies)
+    return Plan(tuple(found), tuple(sorted(left, key=lambda entry: entry[0])), policies, constants.relied_on)
 
 
 def _candidate(program: Program, index: int, site: AttentionSite | Unsupported) -> _Candidate | Refusal:

@@ -13,6 +13,7 @@ from torch import fx
 from adakv_compile import kernels
 from adakv_compile.call import (
     STORE_TENSORS,
+    Assumed,
     Boundary,
     CachedLength,
     Grown,
@@ -117,7 +118,12 @@ class _Rewriter:
         return Rewritten(
             module=self.program.module,
             inputs=tuple(example for _, example in inputs),
-            boundary=Boundary(tuple(source for source, _ in inputs), tuple(self.inputs.pasts), outputs),
+            boundary=Boundary(
+                tuple(source for source, _ in inputs),
+                tuple(self.inputs.pasts),
+                outputs,
+                tuple(Assumed(self.program.inputs.index(node), self.program.kept[node]) for node in self.plan.assumed),
+            ),
             unguarded=tuple(self.inputs.unguarded),
         )
 

@@ -275,7 +275,7 @@ def _dims_of_softmax(axes: Axes, softmax: fx.Node, weights: tuple[fx.Node, Dims]
 
 
 def _is_inactive_dropout(node: fx.Node) -> bool:
-    return node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2])
+    return node.target is aten.dropout.default and not (node.args[1] and node.args[2])
 
 
 def _drops_last(node: fx.Node) -> bool:

@@ -68,13 +68,20 @@ class Reader:
     Args:
         sizes: What is known about symbolic sizes.
         handlers: The vocabulary: one handler for each operator.
+        known: What is known of an input's values.
     """
 
-    def __init__(self, sizes: Sizes, handlers: Mapping[object, Handler]) -> None:
+    def __init__(
+        self,
+        sizes: Sizes,
+        handlers: Mapping[object, Handler],
+        known: Callable[[fx.Node], Expr | None] = lambda _: None,
+    ) -> None:
         self.sizes = sizes
         self.simplify = Simplifier()
         self.leaves: dict[str, Leaf] = {}
         self._handlers = handlers
+        self._known = known
         self._memo: dict[fx.Node, Expr] = {}
         self._holders: dict[Expr, list[fx.Node]] = {}
 
@@ -146,7 +153,8 @@ class Reader:
     def _understand(self, node: fx.Node) -> Expr:
         kind = kind_of_dtype(node.meta["val"].dtype)
         if node.op == "placeholder":
-            return self.leaf(node, "an input of the graph")
+            expr = self._known(node)
+            return self.leaf(node, "an input of the graph") if expr is None else expr
         handler = self._handlers.get(node.target if node.op != "get_attr" else "get_attr")
         if handler is None or kind is None:
             return self.leaf(node, f"computed by {node.target}")
