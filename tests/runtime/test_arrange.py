@@ -189,6 +189,22 @@ def test_one_row(change: Change, inference: bool) -> None:
         agrees(change(view), change(view.dense(FILL)[0]))
 
 
+def test_a_sequence_of_one_token_is_still_a_sequence() -> None:
+    talk = conversation(length=1, kept=1.0, shorter_rows=False)
+    dense = talk.key.dense()[0]
+    for change in (lambda kv: kv.transpose(1, 2).flatten(2), lambda kv: kv.flatten(0, 1), lambda kv: kv.unsqueeze(3)):
+        agrees(change(talk.key), change(dense))
+    for change in (
+        lambda kv: kv.squeeze(2),
+        lambda kv: kv.squeeze(),
+        lambda kv: kv[:, :, 0],
+        lambda kv: kv.flatten(1, 2),
+        lambda kv: kv.view(2, 1, HEADS, KEY_DIM),
+    ):
+        with pytest.raises(UnsupportedCacheOperation):
+            change(talk.key)
+
+
 def test_a_pair_of_one_row_keeps_its_halves_apart() -> None:
     view = new_view(Layout(("p", "b", "h", "l", "d")), "pair", batch=1)
     dense = view.dense(FILL)[0]
@@ -259,6 +275,8 @@ REFUSED: dict[str, tuple[Layout, Kind, Change]] = {
     "in three": (Layout(("b", "h", "l", "pd")), "pair", lambda kv: kv.split((4, KEY_DIM, 4), -1)),
     "in four": (Layout(("b", "h", "l", "pd")), "pair", lambda kv: kv.chunk(4, -1)),
     "interleaved keys": (Layout(("b", "h", "l", "dp")), "pair", lambda kv: kv.chunk(2, -1)),
+    "first half of interleaved features": (Layout(("b", "h", "l", "dp")), "pair", lambda kv: kv[..., :KEY_DIM]),
+    "last half of the heads' pairs": (Layout(("b", "l", "hpd")), "pair", lambda kv: kv[..., HEADS * KEY_DIM :]),
     "every second feature": (Layout(("b", "h", "l", "dp")), "pair", lambda kv: kv[..., ::2]),
     "heads with keys": (Layout(("b", "l", "hpd")), "pair", lambda kv: kv.chunk(2, -1)),
     "values by index": (

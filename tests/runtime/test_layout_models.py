@@ -270,6 +270,7 @@ def test_a_single_head_in_any_dimension() -> None:
         (Layout(("b", "l", "h", "d")), lambda kv: kv),
         (Layout(("b", "l", "h", "d")), lambda kv: kv.permute(0, 2, 3, 1)),
         (Layout(("b", "l", "h", "d")), lambda kv: kv.transpose(0, 2)),
+        (Layout(("b", "l", "h", "d")), lambda kv: kv.repeat_interleave(2, dim=2)),
         (STANDARD, lambda kv: kv[None]),
         (STANDARD, lambda kv: kv.flatten(0, 1)),
         (STANDARD, lambda kv: kv[:, :, None].expand(-1, -1, 2, -1, -1)),

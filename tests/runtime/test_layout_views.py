@@ -300,3 +300,16 @@ def test_a_view_that_is_not_compressed_sends_the_call_back() -> None:
     run = bind(boundary, pytest.fail, lambda *args: ("sent back", *args))
     dense = pair.dense()[0]
     assert run(dense) == ("sent back", dense)
+
+
+@pytest.mark.parametrize("layout", PAIRS, ids=str)
+def test_zeroing_a_pair_drops_keys_and_values(layout: Layout) -> None:
+    talk = conversation()
+    pair, _ = _views(talk, (layout, layout))
+    older = pair.detach()
+    pair.zero_()
+    assert pair.shape == older.shape
+    assert pair.axes == layout
+    assert not pair.head_lengths.any()
+    assert not join(pair, pair).keys.numel()
+    _check(older, layout, talk)
