@@ -17,7 +17,7 @@ from tests.zoo.subject import Subject
 __all__ = ["TooLargeError", "build", "subject"]
 
 #: More parameters than this are a size that the small configuration missed.
-MAX_PARAMETERS: Final = 20_000_000
+MAX_PARAMETERS: Final = 50_000_000
 
 
 class TooLargeError(Exception):
