@@ -29,6 +29,7 @@ __all__ = [
     "compile_graph",
     "declare_inputs",
     "fake_mode_of_this_compile",
+    "forget_guards_on",
     "fresh_size",
     "guards_on",
     "is_fake",
@@ -120,6 +121,14 @@ def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[
     env: ShapeEnv | None = fake_mode.shape_env
     ours = {symbol for size in sizes for symbol in free_symbols(size)}
     return [str(guard.expr) for guard in (env.guards if env else ()) if ours & guard.expr.free_symbols]
+
+
+def forget_guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> None:
+    """Drop the guards on ``sizes`` after what needed them was given up: Dynamo can't check them, and would fail."""
+    env: ShapeEnv | None = fake_mode.shape_env
+    ours = {symbol for size in sizes for symbol in free_symbols(size)}
+    if env is not None:
+        env.guards = [guard for guard in env.guards if not ours & guard.expr.free_symbols]
 
 
 def route_generate(backend: Callable[..., Any]) -> None:

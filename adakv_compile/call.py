@@ -82,13 +82,13 @@ class Past:
     Attributes:
         key: Index of the argument that holds the keys.
         value: Index of the argument that holds the values; the same for keys and values in one tensor.
-        appends: Tokens that the graph appends to the tail in place.
+        appends: Tokens that the graph appends to the tail in place: a number, or the argument that holds it.
         drops_oldest: Whether the graph tells apart entries that a sliding cache has dropped.
     """
 
     key: int
     value: int
-    appends: int
+    appends: int | Passed
     drops_oldest: bool
 
 
@@ -209,7 +209,7 @@ def bind(
                 return fallback(*args)
             if key.start and not past.drops_oldest:
                 return fallback(*args)
-            store = join(key, value, past.appends)
+            store = join(key, value, _count(past, args))
             if store.keys.shape[1] < _FEWEST_ENTRIES:
                 return fallback(*args)
             stores.append(store)
@@ -225,10 +225,15 @@ def bind(
                     store.rewind()
         for past, store in zip(pasts, stores, strict=True):
             if past.appends:
-                store.advance(past.appends)
+                store.advance(_count(past, args))
         return _wrap(boundary, layouts, results, stores, before)
 
     return run
+
+
+def _count(past: Past, args: Sequence[Any]) -> int:
+    """Return how many tokens a call appends."""
+    return past.appends if isinstance(past.appends, int) else args[past.appends.index]
 
 
 def _getter(source: Input) -> Callable[[Sequence[Any], Sequence[LayerStore]], Any]:
@@ -313,7 +318,7 @@ def _grow(
     layouts: _Layouts,
 ) -> tuple[CompressedKV, CompressedKV]:
     length, start = before[output.past]
-    end = start + length + boundary.pasts[output.past].appends
+    end = stores[output.past].length if boundary.pasts[output.past].appends else start + length
     first = _start(output.cached, results, start, length, end)
     return wrap_grown(stores[output.past], end - first, first, layouts)
 

@@ -174,6 +174,7 @@ def _unread_pasts(program: Program, plan: Plan) -> bool:
 def _check_unguarded(program: Program, rewritten: Rewritten) -> None:
     assumed = _torch.guards_on(program.fake_mode, rewritten.unguarded)
     if assumed:
+        _torch.forget_guards_on(program.fake_mode, rewritten.unguarded)
         raise RuntimeError(f"the compiler assumed {assumed} about sizes that nobody checks")
 
 

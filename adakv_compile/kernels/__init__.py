@@ -14,6 +14,7 @@ from adakv_compile.kernels import (
     attention,
     compact,
     decode_attention,
+    entries,
     extend,
     observe,
     prefill_attention,
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "compact",
     "decode_attention",
+    "entries",
     "extend",
     "observe",
     "prefill_attention",
@@ -48,5 +50,6 @@ SPECS: Final[tuple[OpSpec, ...]] = (
     extend.SPEC,
     prefill_attention.SPEC,
     attention.SPEC,
+    entries.SPEC,
 )
 """Every op of the dialect."""

@@ -136,9 +136,9 @@ class Axes:
         """Split an axis so that ``product`` times its first part is ``size``."""
         whole = self.sizes[axis]
         candidates: list[tuple[Size, Size]] = [(size, following) for following in after[:1] if product == 1]
-        if all(isinstance(number, int) for number in (whole, product, size)) and size % product == 0:
+        if isinstance(size, int) and isinstance(product, int) and isinstance(whole, int) and size % product == 0:
             first = size // product
-            candidates.append((first, whole // max(1, cast("int", first))))
+            candidates.append((first, whole // max(1, first)))
         for first, second in candidates:
             if same_size(first * second, whole) and static_int(first) != 1:
                 self.parts[axis] = (self.add(f"{axis}.0", first), self.add(f"{axis}.1", second))

@@ -16,7 +16,7 @@ from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, st
 from adakv_compile.report import Reason, Refusal
 from adakv_compile.runtime.layout import Layout
 
-__all__ = ["CacheUpdate", "find_cache_update", "readers_of"]
+__all__ = ["CacheUpdate", "find_cache_update", "is_returned_in_disguise", "readers_of"]
 
 aten = torch.ops.aten
 
@@ -105,15 +105,14 @@ class _Returned:
     holder: fx.Node | None = None
 
 
-def find_cache_update(program: Program, site: AttentionSite, which: str) -> CacheUpdate | Refusal:
+def find_cache_update(program: Program, operand: Operand, which: str) -> CacheUpdate | Refusal:
     """Analyse the keys or the values of one attention; the graph is only read.
 
     Args:
         program: The captured graph.
-        site: The attention.
+        operand: The keys or the values.
         which: ``"key"`` or ``"value"``.
     """
-    operand = site.operand(which)
     steps, axes = operand.steps, operand.axes
     top = Step(steps[-1].node, axes.resolve(steps[-1].dims), steps[-1].whole)
     if top.node in program.compressed:
@@ -130,8 +129,6 @@ def find_cache_update(program: Program, site: AttentionSite, which: str) -> Cach
     compressed = source is not None and source.node in program.compressed
     if not found:
         if not compressed:
-            if _is_returned_in_disguise(program, site, which):
-                return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in another form than attention reads")
             return Refusal(Reason.NO_CACHE, f"{which}s")
         return Refusal(Reason.CACHE_FORM, f"the compressed {which}s are extended but not returned")
     first = found[0]
@@ -351,8 +348,14 @@ def _layout(operand: Operand, dims: Dims) -> Layout | None:
         return None
 
 
-def _is_returned_in_disguise(program: Program, site: AttentionSite, which: str) -> bool:
-    """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention."""
+def is_returned_in_disguise(program: Program, site: AttentionSite, which: str) -> bool:
+    """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention.
+
+    Args:
+        program: The captured graph.
+        site: The attention.
+        which: ``"key"`` or ``"value"``.
+    """
     own = _ancestors(site.operand(which).steps[0].node) - _ancestors(site.query)
     seen, pending = set(own), list(own)
     while pending:
@@ -376,7 +379,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def readers_of(program: Program, updates: Iterable[CacheUpdate], attentions: frozenset[fx.Node]) -> tuple[str, ...]:
+def readers_of(program: Program, updates: Iterable[CacheUpdate], ours: frozenset[fx.Node]) -> tuple[str, ...]:
     """Name the readers of a layer's cache other than attentions, the caller and size queries.
 
     A compressed cache has no dense form, so in the decode graph such a reader would have nothing to read.
@@ -384,7 +387,7 @@ def readers_of(program: Program, updates: Iterable[CacheUpdate], attentions: fro
     Args:
         program: The captured graph.
         updates: The layer's keys and values.
-        attentions: The attentions that are going to read the compressed form.
+        ours: The attentions that are going to read the compressed form, and what they compute keys and values with.
     """
     output = next(iter(program.module.graph.find_nodes(op="output")))
     pending: list[fx.Node] = []
@@ -395,7 +398,7 @@ def readers_of(program: Program, updates: Iterable[CacheUpdate], attentions: fro
     found: list[str] = []
     while pending:
         for user in pending.pop().users:
-            if user in known or user in program.superseded or user in attentions or user.target is aten.sym_size.int:
+            if user in known or user in program.superseded or user in ours or user.target is aten.sym_size.int:
                 continue
             known.add(user)
             if user.target in _TRANSPARENT or _is_part(user) or skip_no_ops(user) is not user:

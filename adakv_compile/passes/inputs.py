@@ -43,7 +43,7 @@ class GraphInputs:
         default_factory=list["tuple[int | torch.SymInt, fx.Node]"]
     )
 
-    def add_past(self, planned: PlannedSite, appends: int) -> tuple[int, dict[str, fx.Node]]:
+    def add_past(self, planned: PlannedSite, appends: int | torch.SymInt) -> tuple[int, dict[str, fx.Node]]:
         """Add the parts of a layer's store as inputs; return the past's index and the parts by field name.
 
         Args:
@@ -60,7 +60,7 @@ class GraphInputs:
             Past(
                 key=self.program.inputs.index(key),
                 value=self.program.inputs.index(value),
-                appends=appends,
+                appends=appends if isinstance(appends, int) else self._argument(appends),
                 drops_oldest=told_apart or mask.sliding_window is not None,
             )
         )
@@ -83,15 +83,26 @@ class GraphInputs:
         }
         parts: dict[str, fx.Node] = {}
         for name in STORE_TENSORS:
-            if name == "cursor" and planned.action is Action.RECOMPRESS:
+            if name == "cursor" and planned.action is Action.RECOMPRESS and planned.latent is None:
                 continue
             dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
             with fake_mode:
                 fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
             parts[name] = self._add(f"layer_{index}_{name}", StorePart(index, name), fake)
-        if appends and not self.pasts[index].drops_oldest:
+        if isinstance(appends, int) and appends and not self.pasts[index].drops_oldest:
             self._lengths.append((planned.key.past_length, parts["cursor"]))
         return index, parts
+
+    def _argument(self, size: torch.SymInt) -> Passed:
+        """Return the argument that holds a size.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        for index, node in enumerate(self.program.inputs):
+            if isinstance(node.meta["val"], torch.SymInt) and same_size(node.meta["val"], size):
+                return Passed(index)
+        raise RuntimeError(f"no argument holds the size {size}")
 
     def add_host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
         """Add a length that the host knows as an integer input."""

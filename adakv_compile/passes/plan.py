@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 from torch import fx
 
 from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
-from adakv_compile.passes.cache import CacheUpdate, find_cache_update, readers_of
+from adakv_compile.passes.cache import CacheUpdate, find_cache_update, is_returned_in_disguise, readers_of
 from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
+from adakv_compile.passes.latent import find_latent
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, source_line, static_int
+from adakv_compile.passes.region import Region
 from adakv_compile.report import Reason, Refusal, SiteReport
 from adakv_compile.runtime.layout import STANDARD
 
@@ -72,7 +75,8 @@ class PlannedSite:
         layer: Index among the attentions that are rewritten.
         kernels: The overload of the ops.
         attention: The backend of the prompt's attention; None for the other actions.
-        owner: For an attention to another one's keys and values, that one's position in the plan.
+        owner: For an attention to another one's keys and values, that one's index.
+        latent: How keys and values are computed from what is cached, if they are not cached themselves.
     """
 
     index: int
@@ -85,6 +89,7 @@ class PlannedSite:
     kernels: Implementation
     attention: Implementation | None
     owner: int | None = None
+    latent: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class _Candidate:
     site: AttentionSite
     key: CacheUpdate
     value: CacheUpdate
+    latent: Region | None = None
 
 
 def make_plan(program: Program, options: Options) -> Plan:
@@ -165,14 +171,28 @@ def make_plan(program: Program, options: Options) -> Plan:
 def _candidate(program: Program, index: int, site: AttentionSite | Unsupported) -> _Candidate | Refusal:
     if isinstance(site, Unsupported):
         return site.refusal
-    key, value = (find_cache_update(program, site, which) for which in ("key", "value"))
-    for update, other in ((key, value), (value, key)):
+    key, value = (find_cache_update(program, site.operand(which), which) for which in ("key", "value"))
+    if isinstance(key, Refusal) and isinstance(value, Refusal) and (found := find_latent(program, site)) is not None:
+        inner, region = found
+        latents = [find_cache_update(program, inner.operand(which), which) for which in ("key", "value")]
+        if not any(isinstance(update, Refusal) for update in latents):
+            key, value = cast("list[CacheUpdate]", latents)
+            return (
+                Refusal(Reason.KEY_VALUE_MISMATCH, why)
+                if (why := _mismatch(key, value))
+                else _Candidate(index, inner, key, value, region)
+            )
+    for update, other, which in ((key, value, "key"), (value, key, "value")):
         if isinstance(update, Refusal):
-            half = update.reason is Reason.NO_CACHE and isinstance(other, CacheUpdate)
-            return Refusal(Reason.KEY_VALUE_MISMATCH, "only one of them is returned") if half else update
+            missing = update.reason is Reason.NO_CACHE
+            if missing and isinstance(other, CacheUpdate):
+                return Refusal(Reason.KEY_VALUE_MISMATCH, "only one of them is returned")
+            if missing and is_returned_in_disguise(program, site, which):
+                return Refusal(Reason.CACHE_FORM, f"the {which}s are returned in another form than attention reads")
+            return update
     assert isinstance(key, CacheUpdate)
     assert isinstance(value, CacheUpdate)
-    if mismatch := _mismatch(site, key, value):
+    if mismatch := _mismatch(key, value):
         return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
     return _Candidate(index, site, key, value)
 
@@ -182,10 +202,14 @@ def _decide(
 ) -> list[PlannedSite] | Refusal:
     """Decide for the attentions to one layer's keys and values, the first of which owns them: all of them or none."""
     owner = group[0]
-    attentions = frozenset(member.site.node for member in group)
-    strangers = readers_of(program, (owner.key, owner.value), attentions)
+    ours = {member.site.node for member in group}
+    for member in group:
+        ours |= member.latent.nodes.keys() if member.latent is not None else set()
+    strangers = readers_of(program, (owner.key, owner.value), frozenset(ours))
     if strangers:
         return Refusal(Reason.CACHE_CONSUMER, f"keys or values read by {', '.join(strangers)}")
+    if owner.latent is not None and (len(group) > 1 or owner.key.is_sliding):
+        return Refusal(Reason.CACHE_FORM, "several attentions, or a sliding one, read a cache that all heads share")
     planned: list[PlannedSite] = []
     for member in group:
         site, key = member.site, member.key
@@ -199,7 +223,7 @@ def _decide(
             return mask
         shared = member is not owner
         attention = None
-        if prefill and not shared:
+        if prefill and not shared and member.latent is None:
             attention = choose_attention(options, site, mask.sliding_window, _why_masked(mask))
         planned.append(
             PlannedSite(
@@ -213,6 +237,7 @@ def _decide(
                 choose_kernels(options, site),
                 attention,
                 owner.index if shared else None,
+                member.latent,
             )
         )
     return planned
@@ -229,7 +254,7 @@ def _action(site: AttentionSite, key: CacheUpdate) -> Action | Refusal:
     return Action.DECODE if one_token else Action.RECOMPRESS
 
 
-def _mismatch(site: AttentionSite, key: CacheUpdate, value: CacheUpdate) -> str:
+def _mismatch(key: CacheUpdate, value: CacheUpdate) -> str:
     if (key.past is None) != (value.past is None) or key.compressed != value.compressed:
         return "one of them has a past of another kind"
     if key.is_sliding != value.is_sliding:
@@ -307,6 +332,8 @@ def _describe(planned: PlannedSite) -> SiteReport:
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
     if planned.owner is not None:
         cache = f"that of attention {planned.owner}"
+    elif planned.latent is not None:
+        cache += ", of which keys and values of all heads are computed"
     elif planned.key.layout != STANDARD or planned.value.layout != STANDARD:
         layouts = dict.fromkeys(str(update.layout) for update in (planned.key, planned.value))
         cache += f", kept as {' and '.join(layouts)}"

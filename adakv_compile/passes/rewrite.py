@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from adakv_compile import kernels
+from adakv_compile import _torch, kernels
 from adakv_compile.call import (
     STORE_TENSORS,
     Assumed,
@@ -29,6 +29,8 @@ from adakv_compile.passes.inputs import GraphInputs
 from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.plan import Action, Plan, PlannedSite
+from adakv_compile.passes.region import Region, clone
+from adakv_compile.policy import Policy
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -63,7 +65,12 @@ def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewr
     Raises:
         RuntimeError: A value of the dense cache is still needed after the rewrite.
     """
-    return _Rewriter(program, plan, GraphInputs(program, example_inputs)).run()
+    inputs = GraphInputs(program, example_inputs)
+    try:
+        return _Rewriter(program, plan, inputs).run()
+    except Exception:
+        _torch.forget_guards_on(program.fake_mode, inputs.unguarded)
+        raise
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ class _Rewriter:
         owners = {planned.index: planned for planned in self.plan.sites if planned.owner is None}
         for planned, policy in zip(self.plan.sites, self.plan.policies, strict=True):
             owner = planned if planned.owner is None else owners[planned.owner]
-            if owner.action is Action.COMPRESS:
+            if planned.latent is not None and owner.action is not Action.COMPRESS:
+                self._attend_to_latents(planned, planned.latent)
+            elif owner.action is Action.COMPRESS:
                 if planned is owner:
                     self._compress(planned, policy)
             elif owner.action is Action.RECOMPRESS:
@@ -148,12 +157,19 @@ class _Rewriter:
                 for cache, (update, which) in zip(caches, _kinds(planned), strict=True)
             )
             padding = self._padding(planned)
-            seen = self._arranged(emit, planned, self._current(planned.key.whole), planned.key.dims, "key")
+            if planned.latent is None:
+                seen = self._arranged(emit, planned, self._current(planned.key.whole), planned.key.dims, "key")
+            else:
+                seen = cast("fx.Node", site.node.args[1])
             scores = emit.call(
                 self._op(kernels.observe.SPEC, planned),
                 *(site.query, seen, mask.lookup, padding, lse, site.sinks),
                 *(site.scale, mask.sliding_window, site.softcap, policy),
             )
+            if planned.latent is not None:
+                # One cached head serves all: what is true of a group of query heads is true of them.
+                together = aten.amax.default if Policy.decode(policy).gqa == "max" else aten.mean.dim
+                scores = emit.call(together, scores, [1], True)
             if planned.key.is_sliding:
                 # Queries saw more than the cache keeps.
                 start = cast("int | fx.Node", arg(planned.key.cached, 2, "start", 0))
@@ -228,6 +244,39 @@ class _Rewriter:
             made = (keys, values, offsets, positions)
             self._return_made(planned, made, tokens, opened.past, self._cached_length(planned.key))
 
+    def _attend_to_latents(self, planned: PlannedSite, region: Region) -> None:
+        """Append to a latent cache, compute the keys and values of what it holds, and attend."""
+        site, emit = planned.site, self._emit(planned)
+        opened = self._open(planned, appends=site.query_length)
+        with self.graph.inserting_before(site.node):
+            held = emit.call(
+                kernels.entries.SPEC.overload,
+                *self._new(emit, planned),
+                *(opened.parts[name] for name in STORE_TENSORS),
+                *(planned.mask.lookup, self._columns(planned), planned.mask.sliding_window),
+            )
+            *latents, visible = (emit.call(operator.getitem, held, i) for i in range(3))
+            sources = {
+                update.whole: emit.arrange(operand.axes, latent, tuple(map(tuple, operand.order)), update.dims)
+                for (update, which), latent in zip(_kinds(planned), latents, strict=True)
+                for operand in (site.operand(which),)
+            }
+            made = clone(emit, region, sources, emit.call(aten.sym_size.int, latents[0], 2))
+            key, value = (made[cast("fx.Node", operand)] for operand in site.node.args[1:3])
+            if site.is_plain:
+                out = emit.call(
+                    aten.scaled_dot_product_attention.default,
+                    *(site.query, key, value, visible, 0.0, False),
+                    scale=site.scale,
+                    enable_gqa=not same_size(shape_of(key)[1], site.num_heads),
+                )
+            else:
+                rules = (visible, site.sinks, False, site.scale, site.softcap)
+                out = emit.call(kernels.attention.SPEC.overload, site.query, key, value, *rules)
+            out = self._in_layout_of(emit, out, site.node)
+        site.node.replace_all_uses_with(out)
+        self._return_grown(planned, opened.past)
+
     def _attend(self, planned: PlannedSite) -> fx.Node | None:
         """Let the chosen backend compute a prompt's attention; return its log-sum-exp if ``observe`` can use it."""
         site, choice = planned.site, planned.attention
@@ -277,7 +326,7 @@ class _Rewriter:
         spelled = self.program.spelled.get(planned.site.node)
         return planned.site.node if spelled is None else spelled.result
 
-    def _open(self, owner: PlannedSite, appends: int) -> _Opened:
+    def _open(self, owner: PlannedSite, appends: int | torch.SymInt) -> _Opened:
         """Return the store behind a past, as inputs of the graph."""
         if owner.index not in self.opened:
             self.opened[owner.index] = _Opened(*self.inputs.add_past(owner, appends))
