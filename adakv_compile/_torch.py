@@ -8,6 +8,7 @@ Verified on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
+from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "CapturedGraph",
@@ -29,9 +31,7 @@ __all__ = [
     "compile_graph",
     "declare_inputs",
     "fake_mode_of_this_compile",
-    "forget_guards_on",
     "fresh_size",
-    "guards_on",
     "is_fake",
     "is_kept_by_module",
     "mode_patches",
@@ -39,6 +39,7 @@ __all__ = [
     "seconds_compiling",
     "specialise_float_inputs",
     "symbols_of",
+    "take_guards",
 ]
 
 CapturedGraph = tuple[fx.GraphModule, dict[str, str], list[str]]
@@ -99,8 +100,8 @@ def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMo
 def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int, *, at_least_two: bool) -> torch.SymInt:
     """Return a new symbolic size that nothing else shares.
 
-    Dynamo doesn't know such a size and can't guard on it: see :func:`guards_on`. With ``at_least_two`` the compiler may
-    take that for granted, and the caller must make sure of it; without it even 0 and 1 are not told apart.
+    Dynamo doesn't know such a size and can't guard on it: see :func:`take_guards`. With ``at_least_two`` the compiler
+    may take that for granted, and the caller must make sure of it; without it even 0 and 1 are not told apart.
     """
     env = fake_mode.shape_env
     assert env is not None  # Dynamo's fake mode always has one
@@ -116,19 +117,32 @@ def symbols_of(sizes: Iterable[int | torch.SymInt]) -> frozenset[object]:
     return frozenset[object]().union(*(free_symbols(size) for size in sizes if isinstance(size, torch.SymInt)))
 
 
-def guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> list[str]:
-    """Return the guards that were put on ``sizes``: assumptions which nobody would check at run time."""
-    env: ShapeEnv | None = fake_mode.shape_env
-    ours = {symbol for size in sizes for symbol in free_symbols(size)}
-    return [str(guard.expr) for guard in (env.guards if env else ()) if ours & guard.expr.free_symbols]
+def take_guards(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> Callable[..., bool] | None:
+    """Take the guards on ``sizes`` away from Dynamo, which couldn't check them and would fail; return their check.
 
+    Args:
+        fake_mode: The mode that traced with them.
+        sizes: Sizes made by :func:`fresh_size`.
 
-def forget_guards_on(fake_mode: FakeTensorMode, sizes: Sequence[torch.SymInt]) -> None:
-    """Drop the guards on ``sizes`` after what needed them was given up: Dynamo can't check them, and would fail."""
+    Returns:
+        A function of the numbers that ``sizes`` are in a call; None if nothing was assumed of them.
+
+    Raises:
+        RuntimeError: Something was assumed of them together with a size of Dynamo's.
+    """
     env: ShapeEnv | None = fake_mode.shape_env
-    ours = {symbol for size in sizes for symbol in free_symbols(size)}
-    if env is not None:
-        env.guards = [guard for guard in env.guards if not ours & guard.expr.free_symbols]
+    ours = {symbol: None for size in sizes for symbol in free_symbols(size)}
+    if env is None:
+        return None
+    taken = [guard.expr for guard in env.guards if guard.expr.free_symbols & ours.keys()]
+    env.guards = [guard for guard in env.guards if not guard.expr.free_symbols & ours.keys()]
+    mixed = [str(expr) for expr in taken if not expr.free_symbols <= ours.keys()]
+    if mixed:
+        raise RuntimeError(f"the compiler assumed {mixed} about sizes that nobody checks")
+    if not taken:
+        return None
+    code = " and ".join(f"({PythonPrinter().doprint(expr)})" for expr in dict.fromkeys(taken))
+    return eval(f"lambda {', '.join(map(str, ours))}: {code}", {"math": math})
 
 
 def route_generate(backend: Callable[..., Any]) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from adakv_compile.runtime.store import LayerStore
 __all__ = [
     "STORE_TENSORS",
     "Assumed",
+    "Assumption",
     "Boundary",
     "CachedLength",
     "Dimension",
@@ -32,6 +33,7 @@ __all__ = [
     "Past",
     "Returned",
     "StorePart",
+    "StoreSize",
     "bind",
 ]
 
@@ -73,6 +75,34 @@ class Dimension:
 
 
 Input = Passed | StorePart | Dimension
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSize:
+    """A size of the store behind a compressed past."""
+
+    past: int
+    which: Literal["entries", "capacity", "tail_length", "prefix_length"]
+
+    def of(self, stores: Sequence[LayerStore]) -> int:
+        """Return the number that it is in a call."""
+        store = stores[self.past]
+        return store.keys.shape[1] if self.which == "entries" else getattr(store, self.which)
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """What the compiler assumed of stores' sizes.
+
+    Attributes:
+        holds: A function of these sizes.
+        sizes: The sizes.
+        otherwise: The rewritten graph, uncompiled: runs where the assumption doesn't hold.
+    """
+
+    holds: Callable[..., bool]
+    sizes: tuple[StoreSize, ...]
+    otherwise: Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +213,10 @@ class Boundary:
 
 
 def bind(
-    boundary: Boundary, compiled: Callable[..., Sequence[Any]], fallback: Callable[..., Sequence[Any]]
+    boundary: Boundary,
+    compiled: Callable[..., Sequence[Any]],
+    fallback: Callable[..., Sequence[Any]],
+    sizes: Assumption | None = None,
 ) -> Callable[..., Sequence[Any]]:
     """Return the callable that Dynamo will run.
 
@@ -191,6 +224,7 @@ def bind(
         boundary: How to translate arguments and results.
         compiled: The compiled graph, on plain tensors.
         fallback: The original graph; runs eagerly when an argument is not what the graph was compiled for.
+        sizes: What must hold of the stores for the compiled graph.
     """
     if not boundary.pasts and all(isinstance(output, Returned) for output in boundary.outputs):
         return compiled
@@ -216,7 +250,9 @@ def bind(
         before = [(args[past.key].length, args[past.key].start) for past in pasts]
         finished = False
         try:
-            results = compiled(*[get(args, stores) for get in getters])
+            usual = sizes is None or sizes.holds(*(size.of(stores) for size in sizes.sizes))
+            run_graph = compiled if usual else cast("Assumption", sizes).otherwise
+            results = run_graph(*[get(args, stores) for get in getters])
             finished = True
         finally:
             if not finished:

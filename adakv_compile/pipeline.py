@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
-from adakv_compile.call import bind
+from adakv_compile.call import Assumption, bind
 from adakv_compile.capture import CaptureError, Program, capture
 from adakv_compile.errors import CompilationRefusedError
 from adakv_compile.options import Options
@@ -141,9 +141,13 @@ def _rewrite_and_compile(
             patches = _patches(options)
             if patches.get(_CUDA_GRAPHS):
                 patches = patches | _prepare_replay(gm, rewritten, stages)
-            inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, patches)
-        _check_unguarded(program, rewritten)
-        return bind(rewritten.boundary, inner, gm.forward), snapshot, None
+            try:
+                inner = _torch.compile_graph(rewritten.module, rewritten.inputs, options.inner, patches)
+            finally:
+                holds = _torch.take_guards(program.fake_mode, [size for size, _ in rewritten.unguarded])
+        sizes = tuple(source for _, source in rewritten.unguarded)
+        assumption = None if holds is None else Assumption(holds, sizes, rewritten.module.forward)
+        return bind(rewritten.boundary, inner, gm.forward, assumption), snapshot, None
     except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
         return None, "", _failure(Reason.REWRITE, error, options)
 
@@ -169,13 +173,6 @@ def _unread_pasts(program: Program, plan: Plan) -> bool:
     """Whether a compressed input would be left without its rewrite."""
     served = {update.past for planned in plan.sites for update in (planned.key, planned.value)}
     return bool(program.compressed - served)
-
-
-def _check_unguarded(program: Program, rewritten: Rewritten) -> None:
-    assumed = _torch.guards_on(program.fake_mode, rewritten.unguarded)
-    if assumed:
-        _torch.forget_guards_on(program.fake_mode, rewritten.unguarded)
-        raise RuntimeError(f"the compiler assumed {assumed} about sizes that nobody checks")
 
 
 def _failure(reason: Reason, error: Exception, options: Options) -> Refusal:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
-from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
+from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart, StoreSize
 from adakv_compile.capture import Program
 from adakv_compile.kernels.decode_attention import CURSOR_SIZE
 from adakv_compile.passes.nodes import same_size
@@ -31,13 +31,13 @@ class GraphInputs:
         program: The captured graph.
         examples: The inputs Dynamo passed, one for each placeholder of the captured graph.
         pasts: The compressed pasts, in the order they were added.
-        unguarded: Symbolic sizes that Dynamo doesn't guard on.
+        unguarded: Symbolic sizes that Dynamo doesn't guard on, with where they come from in a call.
     """
 
     program: Program
     examples: Sequence[Any]
     pasts: list[Past] = field(default_factory=list[Past])
-    unguarded: list[torch.SymInt] = field(default_factory=list[torch.SymInt])
+    unguarded: list[tuple[torch.SymInt, StoreSize]] = field(default_factory=list["tuple[torch.SymInt, StoreSize]"])
     _added: dict[fx.Node, tuple[Input, Any]] = field(default_factory=dict[fx.Node, "tuple[Input, Any]"])
     _lengths: list[tuple[int | torch.SymInt, fx.Node]] = field(
         default_factory=list["tuple[int | torch.SymInt, fx.Node]"]
@@ -71,7 +71,7 @@ class GraphInputs:
             _torch.fresh_size(fake_mode, f"adakv_{name}_{index}", _HINT + 2 * index + i, at_least_two=True)
             for i, name in enumerate(("entries", "capacity"))
         )
-        self.unguarded.extend((entries, capacity))
+        self.unguarded += [(entries, StoreSize(index, "entries")), (capacity, StoreSize(index, "capacity"))]
         shapes: dict[str, tuple[Any, ...]] = {
             "keys": (batch, entries, site.key_dim),
             "values": (batch, entries, site.value_dim),
@@ -107,7 +107,7 @@ class GraphInputs:
     def add_host_length(self, past: int, name: Literal["tail_length", "prefix_length"]) -> fx.Node:
         """Add a length that the host knows as an integer input."""
         size = _torch.fresh_size(self.program.fake_mode, f"adakv_{name}_{past}", _HINT, at_least_two=False)
-        self.unguarded.append(size)
+        self.unguarded.append((size, StoreSize(past, name)))
         return self._add(f"layer_{past}_{name}", StorePart(past, name), size)
 
     def _add(self, name: str, source: Input, example: Any) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from adakv_compile.call import (
     Made,
     Output,
     Returned,
+    StoreSize,
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.axes import Dims
@@ -45,13 +47,13 @@ class Rewritten:
         module: The rewritten graph.
         inputs: Example inputs of ``module``: the caller's, or fakes for the parts of a store.
         boundary: How its arguments and results relate to those of Dynamo's graph.
-        unguarded: Symbolic sizes that Dynamo doesn't guard on; the compiler must not have assumed anything of them.
+        unguarded: Symbolic sizes that Dynamo doesn't guard on, with where they come from in a call.
     """
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
     boundary: Boundary
-    unguarded: tuple[torch.SymInt, ...]
+    unguarded: tuple[tuple[torch.SymInt, StoreSize], ...]
 
 
 def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewritten:
@@ -69,7 +71,8 @@ def rewrite(program: Program, plan: Plan, example_inputs: Sequence[Any]) -> Rewr
     try:
         return _Rewriter(program, plan, inputs).run()
     except Exception:
-        _torch.forget_guards_on(program.fake_mode, inputs.unguarded)
+        with contextlib.suppress(RuntimeError):
+            _torch.take_guards(program.fake_mode, [size for size, _ in inputs.unguarded])
         raise
 
 
