@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.source import ConstantSource
@@ -90,8 +91,14 @@ def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMo
         fake_mode: The mode the fakes belong to.
     """
     # A context of its own: the export records metadata there that the real compilation must not find.
-    with tracing(TracingContext(fake_mode)), torch.no_grad():
-        module, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
+    depth = get_dynamic_layer_stack_depth()
+    try:
+        with tracing(TracingContext(fake_mode)), torch.no_grad():
+            module, signature = aot_export_module(gm, list(fakes), trace_joint=False, pre_dispatch=True)
+    finally:
+        # A graph that fails inside of a vmap leaves its level behind, which Dynamo's own guards would find.
+        if get_dynamic_layer_stack_depth() > depth:
+            pop_dynamic_layer_stack_and_undo_to_depth(depth)
     mutated: dict[str, str] = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     assert isinstance(module, fx.GraphModule)
     return module, mutated, [*signature.parameters, *signature.buffers]

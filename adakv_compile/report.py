@@ -17,6 +17,7 @@ class Reason(Enum):
     GRAD_ENABLED = "gradients are enabled; call the model under torch.no_grad() or torch.inference_mode()"
     NO_CACHE = "the keys and values are not returned to the caller, so there is no cache to compress"
     SPELLED_OUT = "the attention is written out with softmax and matmul in a way that is not understood"
+    OPERATOR = "the attention is computed by an operator whose meaning is not known"
     DROPOUT = "the attention drops probabilities; put the model in evaluation mode"
     HEADS = "the query heads are not a multiple of the key heads, or keys and values have different heads"
     CACHE_FORM = "the cache is not updated by concatenating new entries along the sequence"

@@ -150,7 +150,14 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
             found.append(_understand(node))
         elif node.target in SOFTMAXES and node not in program.superseded and _is_weights(node):
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
+        elif node.op == "call_function" and _is_named_attention(str(node.target)):
+            found.append(Unsupported(node, Refusal(Reason.OPERATOR, str(node.target), source_line(node))))
     return tuple(found)
+
+
+def _is_named_attention(target: str) -> bool:
+    """Whether an operator's name says that it attends: flex_attention, FlashAttention's, another library's."""
+    return "attention" in target or "attn" in target
 
 
 def _is_weights(softmax: fx.Node) -> bool:

@@ -375,9 +375,15 @@ class _Rewriter:
         if update.past is not None or update.new is None or update.whole is update.new:
             return update.cached
         if update.whole not in self.replaced:
-            update.whole.replace_all_uses_with(update.new)
-            self.replaced[update.whole] = update.new
-        return update.new if update.cached is update.whole else update.cached
+            new = update.new
+            if _is_viewed(update.whole) and not same_layout(update.whole, new):
+                # Views behind it were traced for the concatenation's own layout in memory.
+                emit = Emitter(self.graph, self.program.fake_mode, update.whole)
+                with self.graph.inserting_before(update.whole):
+                    new = emit.call(aten.clone.default, new, memory_format=torch.contiguous_format)
+            update.whole.replace_all_uses_with(new)
+            self.replaced[update.whole] = new
+        return self.replaced[update.whole] if update.cached is update.whole else update.cached
 
     def _current(self, whole: fx.Node) -> fx.Node:
         """Return what stands for a cache after empty pasts were dropped."""
@@ -468,6 +474,18 @@ class _Rewriter:
                 outputs.append(Returned(None, value))
         output.args = (tuple(self.results),)
         return tuple(outputs)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether a value is viewed in other dimensions, for which its layout in memory matters."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.target in (aten.view.default, aten._unsafe_view.default):
+            return True
+        if user.target in (aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.alias.default):
+            pending.extend(user.users)
+    return False
 
 
 def _is_replaced(planned: PlannedSite) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
+from adakv_compile.passes.gates import find_gate
 from adakv_compile.passes.literals import NotUnderstoodError, tensor_of
 from adakv_compile.passes.logits import Logits, read_baddbmm, read_logits
 from adakv_compile.passes.nodes import arg, is_cast, same_size, shape_of, static_int
@@ -84,6 +85,9 @@ def understand(softmax: fx.Node) -> Meaning:
     if column[0] not in _names(axes, values[1]) or column[0] in _names(axes, summed.dims):
         raise NotUnderstoodError("the weights are not what the values are summed with")
     logits = Logits()
+    gate = None if sink or over != len(dims) - 1 else find_gate(axes, softmax, weighing, dims)
+    if gate is not None:
+        weighing, logits.sinks = gate
     scored, scored_dims = read_logits(axes, tensor_of(softmax.args[0]), dims, logits, sink)
     product = label(axes, scored)
     if product is None or not axes.identify(product.dims, scored_dims):
