@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.zoo.configs import CHUNK, SLIDING, VOCAB, small_config
-from tests.zoo.exceptions import NO_PADDING
+from tests.zoo.exceptions import NO_PADDING, PREFIX
 from tests.zoo.subject import Subject
 
 __all__ = ["TooLargeError", "build", "subject"]
@@ -33,6 +33,7 @@ def subject(model_type: str) -> Subject:
         vocab=VOCAB,
         supports_padding=model_type not in NO_PADDING,
         generate=_generate,
+        prefix=PREFIX.get(model_type, 0),
         windows=(SLIDING, CHUNK),
     )
 

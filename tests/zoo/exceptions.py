@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["EXCEPTIONS", "LAYERS", "NO_PADDING"]
+__all__ = ["EXCEPTIONS", "LAYERS", "NO_PADDING", "PREFIX"]
 
 #: How many layers, where two don't hold one of each kind.
 LAYERS: Final[dict[str, int]] = {
@@ -168,4 +168,7 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
 }
 
 #: Types that take no padding mask, or that compute something else with one.
-NO_PADDING: Final = frozenset[str]()
+NO_PADDING: Final = frozenset({"cpmant"})
+
+#: Tokens that a type puts before every prompt by itself.
+PREFIX: Final[dict[str, int]] = {"cpmant": 32}

@@ -14,7 +14,7 @@ from adakv_compile import Reason
 from adakv_compile.report import GraphReport
 from tests.zoo.causal_lm import subject
 from tests.zoo.checks import STEPS, Trial, count_graphs, identity, inputs, small_budget
-from tests.zoo.subject import Subject, greedy
+from tests.zoo.subject import Subject, greedy, grown
 
 __all__ = ["Row", "examine"]
 
@@ -64,7 +64,7 @@ def examine(name: str, quick: bool = False) -> Row:
     begin = time.monotonic()
     tested = subject(name)
     row.padded = tested.supports_padding
-    if _attempt(row, "not run", lambda: _generate_alone(tested)) is None:
+    if _attempt(row, "not run", lambda: _run_alone(tested)) is None:
         row.status = "not run"
     else:
         _check(row, tested, quick)
@@ -91,9 +91,16 @@ def _check(row: Row, tested: Subject, quick: bool) -> None:
         row.problems.append(f"(e) {row.graphs} graphs, {row.graphs_alone} without the backend")
 
 
-def _generate_alone(tested: Subject) -> torch.Tensor:
+@torch.no_grad()
+def _run_alone(tested: Subject) -> bool:
+    """Generate, and take a step, as transformers does it."""
     ids, mask = inputs(tested, tested.supports_padding)
-    return greedy(tested, tested.build(), ids, mask, STEPS)
+    model = tested.build()
+    greedy(tested, model, ids, mask, STEPS)
+    _, state = tested.run(model, ids, None, mask)
+    if state is not None:
+        tested.run(model, ids[:, :1], state, grown(mask))
+    return True
 
 
 def _judge(row: Row, trial: Trial) -> None:
