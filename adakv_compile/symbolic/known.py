@@ -23,7 +23,7 @@ def describe(tensor: torch.Tensor) -> Expr | None:
     if tensor.dim() >= 2 and shape[-1] == shape[-2] and tensor.numel() == shape[-1] ** 2:
         return _triangle(tensor.detach().reshape(shape[-2:]))
     counts = tensor.numel() == shape[-1] and not (tensor.dtype.is_floating_point or tensor.dtype == torch.bool)
-    if counts and torch.equal(tensor.flatten(), torch.arange(shape[-1], device=tensor.device).to(tensor.dtype)):
+    if counts and torch.equal(tensor.flatten().to(torch.int64), torch.arange(shape[-1], device=tensor.device)):
         return Iota(0)
     return None
 
