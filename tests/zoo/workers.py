@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["run_all"]
 
 MAX_BYTES: Final = 6 << 30
-MAX_SECONDS: Final = 300.0
+MAX_SECONDS: Final = 900.0
 
 
 @dataclass
