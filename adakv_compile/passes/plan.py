@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import cast
 
@@ -15,6 +15,7 @@ from adakv_compile.passes.attention import AttentionSite, Unsupported, find_atte
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update, is_returned_in_disguise, readers_of
 from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
+from adakv_compile.passes.late import Late, find_late
 from adakv_compile.passes.latent import find_latent
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, source_line, static_int
@@ -77,6 +78,7 @@ class PlannedSite:
         attention: The backend of the prompt's attention; None for the other actions.
         owner: For an attention to another one's keys and values, that one's index.
         latent: How keys and values are computed from what is cached, if they are not cached themselves.
+        late: How the keys are computed from what is cached, if that is before their position embedding.
     """
 
     index: int
@@ -90,6 +92,7 @@ class PlannedSite:
     attention: Implementation | None
     owner: int | None = None
     latent: Region | None = None
+    late: Late | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class _Candidate:
     key: CacheUpdate
     value: CacheUpdate
     latent: Region | None = None
+    late: Late | None = None
 
 
 def make_plan(program: Program, options: Options) -> Plan:
@@ -182,6 +186,13 @@ def _candidate(program: Program, index: int, site: AttentionSite | Unsupported) 
                 if (why := _mismatch(key, value))
                 else _Candidate(index, inner, key, value, region)
             )
+    late: Late | None = None
+    if isinstance(key, Refusal) and isinstance(value, CacheUpdate) and (found_late := find_late(program, site.keys)):
+        keys, late = found_late
+        site = replace(site, keys=keys)
+        key = find_cache_update(program, keys, "key")
+        if isinstance(key, CacheUpdate) and (key.is_sliding or key.is_pair):
+            return Refusal(Reason.CACHE_FORM, "the keys are computed from a sliding cache, or from one of both")
     for update, other, which in ((key, value, "key"), (value, key, "value")):
         if isinstance(update, Refusal):
             missing = update.reason is Reason.NO_CACHE
@@ -194,7 +205,7 @@ def _candidate(program: Program, index: int, site: AttentionSite | Unsupported) 
     assert isinstance(value, CacheUpdate)
     if mismatch := _mismatch(key, value):
         return Refusal(Reason.KEY_VALUE_MISMATCH, mismatch)
-    return _Candidate(index, site, key, value)
+    return _Candidate(index, site, key, value, late=late)
 
 
 def _decide(
@@ -205,9 +216,12 @@ def _decide(
     ours = {member.site.node for member in group}
     for member in group:
         ours |= member.latent.nodes.keys() if member.latent is not None else set()
+        ours |= member.late.region.nodes.keys() if member.late is not None else set()
     strangers = readers_of(program, (owner.key, owner.value), frozenset(ours))
     if strangers:
         return Refusal(Reason.CACHE_CONSUMER, f"keys or values read by {', '.join(strangers)}")
+    if owner.late is not None and len(group) > 1:
+        return Refusal(Reason.CACHE_FORM, "several attentions read keys that are computed from what is cached")
     if owner.latent is not None and (len(group) > 1 or owner.key.is_sliding):
         return Refusal(Reason.CACHE_FORM, "several attentions, or a sliding one, read a cache that all heads share")
     planned: list[PlannedSite] = []
@@ -238,6 +252,7 @@ def _decide(
                 attention,
                 owner.index if shared else None,
                 member.latent,
+                member.late,
             )
         )
     return planned
@@ -334,6 +349,8 @@ def _describe(planned: PlannedSite) -> SiteReport:
         cache = f"that of attention {planned.owner}"
     elif planned.latent is not None:
         cache += ", of which keys and values of all heads are computed"
+    elif planned.late is not None:
+        cache += ", keys before their position embedding; kept are those after it"
     elif planned.key.layout != STANDARD or planned.value.layout != STANDARD:
         layouts = dict.fromkeys(str(update.layout) for update in (planned.key, planned.value))
         cache += f", kept as {' and '.join(layouts)}"

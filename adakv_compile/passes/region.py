@@ -14,11 +14,15 @@ from adakv_compile.passes.axes import Axes
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.nodes import arg, same_size, shape_of, static_int
 
-__all__ = ["Region", "clone", "find_region"]
+__all__ = ["Region", "clone", "find_region", "operands_with"]
 
 aten = torch.ops.aten
 
 _SAME: Final = (
+    aten.cos.default,
+    aten.sin.default,
+    aten.exp.default,
+    aten.reciprocal.default,
     aten.alias.default,
     aten.detach.default,
     aten.clone.default,
@@ -40,6 +44,7 @@ _POINTWISE: Final = (
     aten.mul.Scalar,
     aten.div.Tensor,
     aten.div.Scalar,
+    aten.pow.Tensor_Tensor,
     aten.copy.default,
     aten.type_as.default,
 )
@@ -62,25 +67,33 @@ class Region:
     Attributes:
         sources: The cached values, with the dimension of their sequence.
         nodes: What is computed from them, in order, with that dimension; None for tuples of such values.
+        positional: What else is computed with, and depends on the position alone, with that dimension.
     """
 
     sources: Mapping[fx.Node, int]
     nodes: Mapping[fx.Node, int | None]
+    positional: Mapping[fx.Node, int]
 
 
-def find_region(results: Sequence[tuple[fx.Node, int]], is_source: Callable[[fx.Node, int], bool]) -> Region | None:
+def find_region(
+    results: Sequence[tuple[fx.Node, int]],
+    is_source: Callable[[fx.Node, int], bool],
+    is_positional: Callable[[fx.Node, int], bool] = lambda _node, _dim: False,
+) -> Region | None:
     """Return what some values are computed from position by position, ``None`` if that isn't certain.
 
     Args:
         results: Values with the dimension of their sequence.
         is_source: Tells the cached values.
+        is_positional: Tells values that depend on nothing but the position.
     """
     sources: dict[fx.Node, int] = {}
+    positional: dict[fx.Node, int] = {}
     found: dict[fx.Node, int | None] = {}
     pending = list(results)
     while pending:
         node, dim = pending.pop()
-        known = sources.get(node, found.get(node))
+        known = sources.get(node, found.get(node, positional.get(node)))
         if known is not None:
             if known != dim:
                 return None
@@ -88,7 +101,10 @@ def find_region(results: Sequence[tuple[fx.Node, int]], is_source: Callable[[fx.
         if is_source(node, dim):
             sources[node] = dim
             continue
-        above = _above(node, dim)
+        if is_positional(node, dim):
+            positional[node] = dim
+            continue
+        above = operands_with(node, dim)
         if above is None:
             return None
         found[node] = dim
@@ -96,16 +112,18 @@ def find_region(results: Sequence[tuple[fx.Node, int]], is_source: Callable[[fx.
             found[cast("fx.Node", node.args[0])] = None
         pending.extend(above)
     order = [node for node in results[0][0].graph.nodes if node in found]
-    return Region(sources, {node: found[node] for node in order})
+    return Region(sources, {node: found[node] for node in order}, positional)
 
 
-def clone(emit: Emitter, region: Region, sources: Mapping[fx.Node, fx.Node], length: fx.Node) -> dict[fx.Node, fx.Node]:
+def clone(
+    emit: Emitter, region: Region, sources: Mapping[fx.Node, fx.Node], length: int | fx.Node
+) -> dict[fx.Node, fx.Node]:
     """Compute a region again from other sources; return what stands for each of its values.
 
     Args:
         emit: Adds the calls.
         region: What to compute.
-        sources: What stands for its sources.
+        sources: What stands for its sources, and for what depends on the position alone.
         length: The length of their sequence.
     """
     made = dict(sources)
@@ -117,7 +135,7 @@ def clone(emit: Emitter, region: Region, sources: Mapping[fx.Node, fx.Node], len
     return made
 
 
-def _sizes(node: fx.Node, sizes: Sequence[Any], dim: int, length: fx.Node) -> list[Any]:
+def _sizes(node: fx.Node, sizes: Sequence[Any], dim: int, length: int | fx.Node) -> list[Any]:
     """Return the sizes that a value is given, with another length; what was inferred would add a guard."""
     found: list[Any] = []
     for position, (size, actual) in enumerate(zip(sizes, shape_of(node), strict=True)):
@@ -129,8 +147,13 @@ def _sizes(node: fx.Node, sizes: Sequence[Any], dim: int, length: fx.Node) -> li
     return found
 
 
-def _above(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]] | None:
-    """Return the operands that have the sequence, and in which dimension; ``None`` if positions are mixed."""
+def operands_with(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]] | None:
+    """Return the operands that have the sequence, and in which dimension; ``None`` if positions are mixed.
+
+    Args:
+        node: A value.
+        dim: The dimension of its sequence.
+    """
     if node.op != "call_function" or not node.args:
         return None
     if node.target is aten.cat.default:

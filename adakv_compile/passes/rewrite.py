@@ -156,12 +156,13 @@ class _Rewriter:
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
         with self.graph.inserting_before(self._last_of(planned).next):
             key, value = (
-                self._arranged(emit, planned, cache, update.dims, which)
+                self._arranged(emit, planned, self._embedded(planned, cache, which), update.dims, which)
                 for cache, (update, which) in zip(caches, _kinds(planned), strict=True)
             )
             padding = self._padding(planned)
             if planned.latent is None:
-                seen = self._arranged(emit, planned, self._current(planned.key.whole), planned.key.dims, "key")
+                whole = self._embedded(planned, self._current(planned.key.whole), "key")
+                seen = self._arranged(emit, planned, whole, planned.key.dims, "key")
             else:
                 seen = cast("fx.Node", site.node.args[1])
             scores = emit.call(
@@ -295,7 +296,9 @@ class _Rewriter:
                 key, value = cast("tuple[fx.Node, fx.Node]", site.node.args[1:3])
             else:
                 key, value = (
-                    self._arranged(emit, planned, self._current(update.whole), update.dims, which)
+                    self._arranged(
+                        emit, planned, self._embedded(planned, self._current(update.whole), which), update.dims, which
+                    )
                     for update, which in _kinds(planned)
                 )
             if choice.name == "sdpa":
@@ -342,11 +345,18 @@ class _Rewriter:
 
     def _new(self, emit: Emitter, planned: PlannedSite) -> tuple[fx.Node, fx.Node]:
         """Return the entries of this call, as the operators take them."""
+        new = [cast("fx.Node", update.new) for update in (planned.key, planned.value)]
+        if planned.late is not None:
+            new[0] = planned.late.of_new(emit, new[0], planned.key.sequence_dim)
         key, value = (
-            self._arranged(emit, planned, cast("fx.Node", update.new), update.dims, which)
-            for update, which in _kinds(planned)
+            self._arranged(emit, planned, entries, update.dims, which)
+            for entries, (update, which) in zip(new, _kinds(planned), strict=True)
         )
         return key, value
+
+    def _embedded(self, planned: PlannedSite, cache: fx.Node, which: str) -> fx.Node:
+        """Return what attention reads of a cache that is kept before its position embedding, or the cache itself."""
+        return planned.late.result if planned.late is not None and which == "key" else cache
 
     def _rules(self, planned: PlannedSite) -> tuple[Any, ...]:
         """Return what an attention to a store is told about who sees what."""
