@@ -35,13 +35,11 @@ class Subject:
         device: Of its tensors.
         dtype: Of keys and values, or of scores.
         head_dims: Of keys and values; sizes may be symbolic.
-        unserved: What else of the call no kernel takes, in words.
     """
 
     device: torch.device
     dtype: torch.dtype
     head_dims: tuple[int | torch.SymInt, ...] = ()
-    unserved: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def why_unsupported(subject: Subject) -> str | None:
             return f"head dimension {size} is not a number"
         if size > MAX_HEAD_DIM:
             return f"head dimension {size} is above {MAX_HEAD_DIM}"
-    return subject.unserved or _why_no_triton(subject.device, interpreting())
+    return _why_no_triton(subject.device, interpreting())
 
 
 @functools.cache

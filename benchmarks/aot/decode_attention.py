@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,7 +12,7 @@ from adakv_compile.kernels.decode_attention.triton import attend
 from adakv_compile.kernels.decode_attention.tuning import Shape, plan
 from benchmarks.aot.kernel import Kernel
 
-__all__ = ["kernels"]
+__all__ = ["STEP", "Call", "kernel_of", "kernels"]
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "u8"}
 _POINTERS = ("query", "key_new", "value_new", "keys", "values", "tail_keys", "tail_values", "output")
@@ -23,7 +23,7 @@ _PROCESSORS = {(8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, 
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A call and what the name of its kernel says of it; with a soft cap and sinks, or neither."""
 
     name: str
@@ -31,19 +31,23 @@ class _Call:
     capped: bool = False
 
 
-def _calls() -> list[_Call]:
-    step = Shape(
-        dtype=torch.bfloat16,
-        batch=1,
-        num_heads=8,
-        group=4,
-        count=1,
-        key_dim=128,
-        value_dim=128,
-        slots=8 * 13107,
-        capacity=256,
-        causal=True,
-    )
+STEP: Final = Shape(
+    dtype=torch.bfloat16,
+    batch=1,
+    num_heads=8,
+    group=4,
+    count=1,
+    key_dim=128,
+    value_dim=128,
+    slots=8 * 13107,
+    capacity=256,
+    causal=True,
+)
+"""One token over a long prefix."""
+
+
+def _calls() -> list[Call]:
+    step = STEP
     chunk = replace(step, count=64)
     prompt = replace(step, count=4096, append=False)
     calls = {
@@ -78,12 +82,13 @@ def _calls() -> list[_Call]:
         "4096 tokens",
     )
     return [
-        *(_Call(name, shape) for name, shape in calls.items()),
-        *(_Call(f"{name}, soft cap, sinks", calls[name], capped=True) for name in capped),
+        *(Call(f"decode {name}", shape) for name, shape in calls.items()),
+        *(Call(f"decode {name}, soft cap, sinks", calls[name], capped=True) for name in capped),
     ]
 
 
-def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
+def kernel_of(capability: tuple[int, int], call: Call) -> Kernel:
+    """Return what a call launches on an architecture."""
     shape = call.shape
     chosen = plan(Target(capability, _PROCESSORS[capability]), shape)
     # Those of heads and tokens are multiples of the head dimension; a mask has any number of columns.
@@ -109,7 +114,11 @@ def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
         types["mask"] = "*i1" if shape.mask == torch.bool else f"*{_TYPES[shape.mask]}"
     if not shape.padded:
         absent["padding"] = None
-    if shape.append:
+    if shape.stored:
+        absent |= {"key_new": None, "value_new": None, "sums": None}
+        if not chosen.split:
+            absent["counters"] = None
+    elif shape.append:
         absent["sums"] = None
     else:
         absent["cursor"] = None
@@ -120,7 +129,7 @@ def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
     unit = {f"{name}_stride_d": 1 for name in ("query", "key", "value")} | {"mask_stride_m": 1, "padding_stride_m": 1}
     constants = absent | unit | chosen.constants
     return Kernel(
-        name=f"decode {call.name}",
+        name=call.name,
         function=attend,
         types={name: kind for name, kind in types.items() if name not in constants},
         constants=constants,
@@ -133,4 +142,4 @@ def _kernel(capability: tuple[int, int], call: _Call) -> Kernel:
 
 def kernels(capability: tuple[int, int]) -> list[Kernel]:
     """Return the kernels that the tuning table launches on an architecture."""
-    return [_kernel(capability, call) for call in _calls()]
+    return [kernel_of(capability, call) for call in _calls()]

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
+from adakv_compile.kernels._support import Subject
 from adakv_compile.kernels.attend.cpu import attend_cpu
 from adakv_compile.kernels.attend.reference import attend
 
@@ -48,6 +49,10 @@ def _fake(
     return query.new_empty((*query.shape[:3], values.shape[2]))
 
 
+def _subject(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *_: object) -> Subject:
+    return Subject(keys.device, keys.dtype, (keys.shape[2], values.shape[2]))
+
+
 SPEC = OpSpec(
     schema=(
         "attend_v1(Tensor query, Tensor keys, Tensor values, Tensor offsets, Tensor positions, Tensor tail_keys,"
@@ -57,5 +62,7 @@ SPEC = OpSpec(
     portable=attend,
     cpu=attend_cpu,
     fake=_fake,
+    triton="adakv_compile.kernels.attend.gpu:attend",
+    subject=_subject,
 )
 register(SPEC)

@@ -14,7 +14,7 @@ from adakv_compile.kernels.decode_attention.reference import check_attention
 from adakv_compile.kernels.decode_attention.triton import attend as attend_kernel
 from adakv_compile.kernels.decode_attention.tuning import Shape, plan
 
-__all__ = ["attend", "decode_attention"]
+__all__ = ["attend", "check_cursor", "decode_attention"]
 
 # In front of a store's counters, where a buffer for them alone has two unused elements.
 _LENGTHS: Final = 2
@@ -43,8 +43,7 @@ def decode_attention(
     check_attention(op, query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask(op, query, mask, padding)
     check_softmax(op, query, sinks, softcap)
-    if cursor.dim() != 1 or cursor.shape[0] < _LENGTHS or cursor.dtype != torch.int32:
-        raise ValueError(f"{op}: cursor is {cursor.dtype} {list(cursor.shape)}; expected torch.int32 [2 or more]")
+    check_cursor(op, cursor)
     output, _ = attend(
         query,
         key_new,
@@ -69,8 +68,8 @@ def decode_attention(
 
 def attend(
     query: torch.Tensor,
-    key_new: torch.Tensor,
-    value_new: torch.Tensor,
+    key_new: torch.Tensor | None,
+    value_new: torch.Tensor | None,
     keys: torch.Tensor,
     values: torch.Tensor,
     offsets: torch.Tensor,
@@ -91,15 +90,15 @@ def attend(
 
     Args:
         query: ``[B, Hq, T, Dk]``, any strides.
-        key_new: ``[B, Hkv, T, Dk]``, any strides.
-        value_new: ``[B, Hkv, T, Dv]``, any strides.
+        key_new: ``[B, Hkv, T, Dk]``, any strides. None: the store holds the new tokens, and nothing is mutated.
+        value_new: ``[B, Hkv, T, Dv]``, any strides, or None, too.
         keys: ``[B, N, Dk]``.
         values: ``[B, N, Dv]``.
         offsets: Int32 ``[B, Hkv + 1]``.
         positions: Int32 ``[B, N]``.
-        tail_keys: ``[B, Hkv, C, Dk]``, mutated if there is a cursor.
+        tail_keys: ``[B, Hkv, C, Dk]``, mutated if there are a cursor and new keys.
         tail_values: ``[B, Hkv, C, Dv]``, likewise.
-        cursor: Lengths on the device: the new tokens are appended, and it is advanced. None: nothing is mutated.
+        cursor: Lengths on the device: new tokens are appended, and it is advanced. None: nothing is mutated.
         tail_length: Tail entries in use, if there is no cursor.
         prefix_length: Position of tail entry 0, if there is no cursor.
         mask: Bool or float ``[B | 1, 1 | Hq, T | 1, M]``, in place of the causal and sliding rules.
@@ -124,10 +123,12 @@ def attend(
         if not tensor.is_contiguous():
             raise ValueError(f"decode_attention: {name} has strides {list(tensor.stride())}; expected contiguous")
     batch, num_query_heads, count, key_dim = query.shape
-    num_heads = key_new.shape[1]
+    num_heads, value_dim = tail_keys.shape[1], values.shape[2]
+    stored = key_new is None or value_new is None
+    append = cursor is not None and not stored
     heads = batch * num_heads
     device = query.device
-    output = query.new_empty((batch, num_query_heads, count, value_new.shape[3]))
+    output = query.new_empty((batch, num_query_heads, count, value_dim))
     sums = query.new_empty((batch, num_query_heads, count), dtype=torch.float32) if want_lse else None
     if query.numel() == 0:
         return output, sums
@@ -140,25 +141,27 @@ def attend(
             group=num_query_heads // num_heads,
             count=count,
             key_dim=key_dim,
-            value_dim=value_new.shape[3],
+            value_dim=value_dim,
             slots=keys.shape[1],
             capacity=tail_length if cursor is None else tail_keys.shape[2],
             causal=True,
             window=sliding_window is not None,
             mask=None if mask is None else mask.dtype,
             padded=padding is not None,
-            append=cursor is not None,
+            append=append,
+            stored=stored,
         ),
     )
     counters = partial = partial_sums = None
     if chosen.split:
         rows = chosen.constants["ROWS"]
-        shape = (chosen.row_blocks, chosen.programs, rows, value_new.shape[3])
+        shape = (chosen.row_blocks, chosen.programs, rows, value_dim)
         partial = query.new_empty(shape, dtype=torch.float32)
         partial_sums = query.new_empty((*shape[:2], 2, rows), dtype=torch.float32)
-    if chosen.split or cursor is not None:
+    if chosen.split or append:
         needed = _LENGTHS + 1 + heads * chosen.row_blocks
-        if cursor is not None and cursor.shape[0] >= needed and cursor.is_contiguous():
+        # Without new tokens the cursor is not the call's to write to.
+        if append and cursor is not None and cursor.shape[0] >= needed and cursor.is_contiguous():
             counters = cursor
         else:
             counters = offsets.new_zeros(needed)
@@ -206,8 +209,8 @@ def attend(
         columns,
         real_columns,
         *query.stride(),
-        *key_new.stride(),
-        *value_new.stride(),
+        *((0, 0, 0, 0) if key_new is None else key_new.stride()),
+        *((0, 0, 0, 0) if value_new is None else value_new.stride()),
         *(mask_strides or (0, 0, 0, 0)),
         *(padding_strides or (0, 0)),
         device=device,
@@ -217,3 +220,13 @@ def attend(
         **chosen.constants,
     )
     return output, sums
+
+
+def check_cursor(op: str, cursor: torch.Tensor) -> None:
+    """Check the lengths of a store.
+
+    Raises:
+        ValueError: They are not what the kernel reads.
+    """
+    if cursor.dim() != 1 or cursor.shape[0] < _LENGTHS or cursor.dtype != torch.int32:
+        raise ValueError(f"{op}: cursor is {cursor.dtype} {list(cursor.shape)}; expected torch.int32 [2 or more]")

@@ -34,7 +34,7 @@ _ANY += ["mask_columns", "padding_columns"]
 @triton.jit(do_not_specialize=_ANY)
 def attend(
     query,
-    key_new,
+    key_new,  # or None if STORED, like the next
     value_new,
     keys,
     values,
@@ -94,6 +94,7 @@ def attend(
     LEAST: tl.constexpr,
     SPLIT: tl.constexpr,  # whether heads may have more than one item
     APPEND: tl.constexpr,  # whether tail and cursor are mutated; needs a cursor
+    STORED: tl.constexpr,  # whether the tail, or the prefix, holds the new tokens already
     CAUSAL: tl.constexpr,  # see hide, as the next three
     WINDOW: tl.constexpr,
     MASK: tl.constexpr,
@@ -103,6 +104,7 @@ def attend(
     THREADS: tl.constexpr,  # of a program
 ):
     """Attend with one block of rows to one item of a head; what has no note is as the op's contract says."""
+    LATE: tl.constexpr = STORED and CAUSAL  # entries of the store may come after a query
     index, block = tl.program_id(0), tl.program_id(1)
     if cursor is not None:
         tail_length = tl.load(cursor)
@@ -110,6 +112,8 @@ def attend(
     if APPEND:
         readers = count_reader(counters + 2, THREADS)
     first_query = prefix_length + tail_length
+    if STORED:
+        first_query -= count
 
     # What the block sees at most: tiles of the tail and of the new tokens, and whether any of the prefix.
     first_token = block * BM // G
@@ -123,7 +127,7 @@ def attend(
     tail_tiles = tl.maximum(tl.cdiv(tail_length, BN) - tail_begin, 0)
     new_begin = tl.maximum(oldest - first_query, 0) // BN
     new_tiles = tl.cdiv(visible, BN) - new_begin
-    if FEW > 0:
+    if FEW > 0 or STORED:
         new_tiles = 0
     with_prefix = oldest < prefix_length
 
@@ -170,8 +174,9 @@ def attend(
         if PADDED:
             padding_row = padding + batch64 * padding_stride_b
             padding_origin = first_query + count - padding_columns
-        new_keys = key_new + batch64 * key_stride_b + kv_head.to(tl.int64) * key_stride_h
-        new_values = value_new + batch64 * value_stride_b + kv_head.to(tl.int64) * value_stride_h
+        if not STORED:
+            new_keys = key_new + batch64 * key_stride_b + kv_head.to(tl.int64) * key_stride_h
+            new_values = value_new + batch64 * value_stride_b + kv_head.to(tl.int64) * value_stride_h
         tail_row = head64 * capacity
 
         few = tl.arange(0, FEW if FEW > 0 else 16)
@@ -217,7 +222,7 @@ def attend(
                 other=0.0,
             )
             position = prefix_length + start + entry
-            if WINDOW or MASK != 0 or PADDED:
+            if WINDOW or MASK != 0 or PADDED or LATE:
                 kept = start + entry < tl.where(in_prefix, length, 0)
                 kept_at = tl.load(positions + prefix_row + start + entry, mask=kept, other=0)
                 position = tl.where(in_prefix, kept_at, position)
@@ -225,7 +230,7 @@ def attend(
                 scaled(dot(q, k), scale, softcap), used, position, query_position, live,
                 mask_rows, mask_stride_m, mask_columns, mask_origin,
                 padding_row, padding_stride_m, padding_columns, padding_origin,
-                window, False, WINDOW, MASK, PADDED,
+                window, LATE, WINDOW, MASK, PADDED,
             )  # fmt: skip
             peak, mass, summed = fold(peak, mass, summed, logits, v, BN)
 
@@ -258,7 +263,7 @@ def attend(
                         few_values,
                         mask=inside(mine[:, None], dim_v[None, :], DV, DVP),
                     )
-        else:
+        elif not STORED:
             shift = new_begin - prefix_tiles - tail_tiles
             for tile in range(tl.maximum(low, prefix_tiles + tail_tiles) + shift, high + shift):
                 place = tile * BN + entry

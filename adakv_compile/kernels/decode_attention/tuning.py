@@ -64,6 +64,7 @@ class Shape:
         mask: Dtype of the mask, if there is one.
         padded: Whether there is a padding mask.
         append: Whether the cursor is on the device, and new tokens are appended.
+        stored: Whether the store holds the new tokens already; then none are appended.
     """
 
     dtype: torch.dtype
@@ -80,6 +81,7 @@ class Shape:
     mask: torch.dtype | None = None
     padded: bool = False
     append: bool = True
+    stored: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +154,11 @@ def plan(target: Target, shape: Shape) -> Plan:
     blocks = blocks_of(target, shape)
     row_blocks = -(-rows // blocks.rows)
     # Products of float32 would take too many registers beside those of the loop.
-    few = shape.count == 1 or (shape.count <= _FEW and shape.dtype.itemsize < 4)
+    few = not shape.stored and (shape.count == 1 or (shape.count <= _FEW and shape.dtype.itemsize < 4))
     # Two programs per processor hide one another's latency. Many blocks of rows fill the device by themselves, even if
     # one head has half of everything.
     extra = 0 if row_blocks > max(4, target.processors // 2) else -(-2 * target.processors // row_blocks)
-    tiles = -(-shape.capacity // blocks.entries) + (0 if few else -(-shape.count // blocks.entries))
+    tiles = -(-shape.capacity // blocks.entries) + (0 if few or shape.stored else -(-shape.count // blocks.entries))
     most = shape.batch * (shape.slots // blocks.entries) + heads * (2 + tiles)
     combined = block_of(min(rows, blocks.rows), 1)
     held = 32 * 32 * blocks.num_warps // (combined * padded[1])
@@ -169,11 +171,12 @@ def plan(target: Target, shape: Shape) -> Plan:
         "DVP": padded[1],
         "BM": blocks.rows,
         "BN": blocks.entries,
-        "FEW": 1 if shape.count == 1 else _FEW if few else 0,
+        "FEW": (1 if shape.count == 1 else _FEW) if few else 0,
         "HEADS_BLOCK": block_of(heads, 1),
         "LEAST": blocks.least,
         "SPLIT": extra > 0,
         "APPEND": shape.append,
+        "STORED": shape.stored,
         "CAUSAL": shape.causal and shape.count > 1 and shape.mask is None,
         "WINDOW": shape.window and shape.mask is None,
         "MASK": 0 if shape.mask is None else 1 if shape.mask == torch.bool else 2,

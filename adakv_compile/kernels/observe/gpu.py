@@ -38,7 +38,7 @@ def observe(
     target = target_of(key.device)
     config = config_of(target, key.element_size(), key.shape[3])
     softmax = Softmax(scale, softcap, sinks)
-    return observe_with(config, target, query, key, padding, lse, softmax, sliding_window, Policy.decode(policy))
+    return observe_with(config, target, query, key, mask, padding, lse, softmax, sliding_window, Policy.decode(policy))
 
 
 def observe_with(
@@ -46,6 +46,7 @@ def observe_with(
     target: Target,
     query: torch.Tensor,
     key: torch.Tensor,
+    mask: torch.Tensor | None,
     padding: torch.Tensor | None,
     lse: torch.Tensor | None,
     softmax: Softmax,
@@ -66,7 +67,14 @@ def observe_with(
     query = query[:, :, query.shape[2] - window :]
     marks = None if padding is None else padding.expand(batch, length).view(torch.uint8)
     mark_strides = (0, 0) if marks is None else marks.stride()
-    reach = length if sliding_window is None else max(0, min(sliding_window, length))
+    # A mask stands for all rules.
+    reach = length if sliding_window is None or mask is not None else max(0, min(sliding_window, length))
+    kind, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 1 if mask.dtype == torch.bool else 2
+        rows, columns = mask.shape[2:]
+        mask = mask[:, :, max(0, rows - window) :, columns - length :].expand(*query.shape[:2], window, length)
+        mask_strides = mask.stride()
     factors = factors_of(softmax.scale, softmax.softcap)
     to_base_2 = _LOG2_E
     if lse is None:
@@ -79,10 +87,12 @@ def observe_with(
             (row_blocks * splits * pairs,),
             query,
             key,
+            mask,
             marks,
             partials,
             *query.stride(),
             *key.stride(),
+            *mask_strides,
             *mark_strides,
             length,
             window,
@@ -96,6 +106,7 @@ def observe_with(
             device=key.device,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
+            MASK=kind,
             **constants,
         )
         lse = partials[0]
@@ -118,11 +129,13 @@ def observe_with(
         (splits * pairs,),
         query,
         key,
+        mask,
         marks,
         lse,
         scores,
         *query.stride(),
         *key.stride(),
+        *mask_strides,
         *mark_strides,
         *lse.stride(),
         length,
@@ -136,6 +149,7 @@ def observe_with(
         device=key.device,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
+        MASK=kind,
         LARGEST=rules.gqa == "max",
         **constants,
     )

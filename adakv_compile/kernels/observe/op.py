@@ -51,8 +51,8 @@ def _fake(
     return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
-def _subject(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, *_: object) -> Subject:
-    return Subject(key.device, key.dtype, (key.shape[3],), unserved=None if mask is None else "a mask")
+def _subject(query: torch.Tensor, key: torch.Tensor, *_: object) -> Subject:
+    return Subject(key.device, key.dtype, (key.shape[3],))
 
 
 SPEC = OpSpec(

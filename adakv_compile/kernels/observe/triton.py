@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from adakv_compile.kernels._launch import dot, scaled
+from adakv_compile.kernels.decode_attention.triton_visibility import LOWEST
+from adakv_compile.kernels.observe.triton_visibility import hide, is_edge, look_up, unweigh
 
 __all__ = ["observe_combine", "observe_lse", "observe_scores"]
 
@@ -32,6 +34,7 @@ def _rows(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Return a block's heads within the group, its window rows, whether each counts, and the last key that it sees."""
     index = tl.arange(0, ROWS)
@@ -40,9 +43,10 @@ def _rows(
     counted = (head < GROUP) & (row < window)
     head = tl.minimum(head, GROUP - 1)
     row = tl.minimum(row, window - 1)
-    end = length - window + row
+    place = length - window + row
+    end = tl.zeros_like(place) + (length - 1) if MASK != 0 else place
     if padding is not None:
-        real = tl.load(padding + end.to(tl.int64) * stride_pl) != 0
+        real = tl.load(padding + place.to(tl.int64) * stride_pl) != 0
         counted = counted & real
         end = tl.where(real, end, -1)
     return head, row, counted, end
@@ -54,12 +58,6 @@ def _queries(query, stride_qh, stride_qt, stride_qd, head, row, DIM: tl.constexp
     dim = tl.arange(0, WIDTH)
     start = head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qt
     return tl.load(query + (start[:, None] + dim[None, :] * stride_qd), mask=(dim < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _is_edge(first, length, window, reach, KEYS: tl.constexpr):
-    """Whether some row does not see some key of the tile that begins at ``first``."""
-    return (first + KEYS > length - window + 1) | (first < length - reach)
 
 
 @triton.jit
@@ -94,16 +92,10 @@ def _log_sum(peak, mass):
 
 
 @triton.jit
-def _hide(logits, place, end, reach):
-    """Set to -inf what rows do not see."""
-    seen = (place[None, :] <= end[:, None]) & (place[None, :] > (end - reach)[:, None])
-    return tl.where(seen, logits, float("-inf"))
-
-
-@triton.jit
 def observe_lse(
     query,
     key,
+    mask,
     padding,
     partials,
     stride_qb,
@@ -114,6 +106,10 @@ def observe_lse(
     stride_kh,
     stride_kl,
     stride_kd,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_mm,
     stride_pb,
     stride_pl,
     length,
@@ -132,6 +128,7 @@ def observe_lse(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
     KEYS: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Write the base-2 log-sum-exp of a block of rows over ``tiles`` tiles of keys, ``[splits, B * Hkv, G, W]``.
 
@@ -147,6 +144,8 @@ def observe_lse(
     spans = tl.cdiv(window, SPAN)
     query += batch * stride_qb + kv_head * GROUP * stride_qh
     key += batch * stride_kb + kv_head * stride_kh
+    if MASK != 0:
+        mask += batch * stride_mb + kv_head * GROUP * stride_mh
     if padding is not None:
         padding += batch * stride_pb
     head, row, _, end = _rows(
@@ -159,6 +158,7 @@ def observe_lse(
         GROUP,
         ROWS,
         SPAN,
+        MASK,
     )
     q = _queries(query, stride_qh, stride_qt, stride_qd, head, row, DIM, WIDTH)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -167,10 +167,12 @@ def observe_lse(
     for tile in range(first, tl.minimum(first + tiles, tl.cdiv(length, KEYS))):
         k, place = _keys(key, padding, stride_kl, stride_kd, stride_pl, tile * KEYS, length, DIM, WIDTH, KEYS)
         logits = scaled(dot(q, tl.trans(k)), scale, softcap)
-        if padding is not None:  # noqa: SIM114  # no branch on the device
-            logits = _hide(logits, place, end, reach)
-        elif _is_edge(tile * KEYS, length, window, reach, KEYS):
-            logits = _hide(logits, place, end, reach)
+        if MASK != 0:
+            logits = look_up(logits, mask, stride_mh, stride_mt, stride_mm, head, row, place, length, MASK, 1)
+        if padding is not None or MASK != 0:  # noqa: SIM114  # no branch on the device
+            logits = hide(logits, place, end, reach)
+        elif is_edge(tile * KEYS, length, window, reach, KEYS):
+            logits = hide(logits, place, end, reach)
         # A NaN may pass the maximum unseen, never the sum.
         higher = tl.maximum(peak, tl.max(logits, 1))
         offset = tl.where(higher == float("-inf"), 0.0, higher)
@@ -204,9 +206,10 @@ def _sums(lse, stride_lh, stride_lt, to_base_2, head, row, counted):
     """Return each row's base-2 log-sum-exp, +inf for rows that take no part."""
     pointers = lse + (head.to(tl.int64) * stride_lh + row.to(tl.int64) * stride_lt)
     total = tl.load(pointers, mask=counted, other=float("-inf"))
-    # +inf comes of an infinite logit, whose softmax is NaN; a row that sees nothing has -inf.
+    # +inf comes of an infinite logit, whose softmax is NaN; a row that sees nothing has -inf, and of one that sees only
+    # what a float mask hides, the difference of two such logits means nothing.
     total = tl.where(total == float("inf"), float("nan"), total * to_base_2)
-    return tl.where(total == float("-inf"), float("inf"), total)
+    return tl.where(total < LOWEST / 2, float("inf"), total)
 
 
 @triton.jit
@@ -219,19 +222,16 @@ def _num_counted(padding, stride_pl, length, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _mask(weights, place, end, total, reach, AXIS: tl.constexpr):
-    """Set to 0 what rows do not see; a row whose sum is NaN gives NaN to every key."""
-    keys = tl.expand_dims(place, 1 - AXIS)
-    last = tl.expand_dims(end, AXIS)
-    nothing = tl.expand_dims(tl.where(total == total, 0.0, total), AXIS)
-    return tl.where((keys <= last) & (keys > last - reach), weights, nothing)
-
-
-@triton.jit
 def _attention(
     q,
     k,
+    mask,
     padding,
+    stride_mh,
+    stride_mt,
+    stride_mm,
+    head,
+    row,
     first,
     place,
     end,
@@ -243,15 +243,19 @@ def _attention(
     softcap,
     KEYS: tl.constexpr,
     KEYS_LEFT: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Return softmax weights, ``[KEYS, ROWS]`` or ``[ROWS, KEYS]``."""
     AXIS: tl.constexpr = 0 if KEYS_LEFT else 1
     product = dot(k, tl.trans(q)) if KEYS_LEFT else dot(q, tl.trans(k))
-    weights = tl.exp2(scaled(product, scale, softcap) - tl.expand_dims(total, AXIS))
-    if padding is not None:  # noqa: SIM114  # no branch on the device
-        weights = _mask(weights, place, end, total, reach, AXIS)
-    elif _is_edge(first, length, window, reach, KEYS):
-        weights = _mask(weights, place, end, total, reach, AXIS)
+    logits = scaled(product, scale, softcap)
+    if MASK != 0:
+        logits = look_up(logits, mask, stride_mh, stride_mt, stride_mm, head, row, place, length, MASK, AXIS)
+    weights = tl.exp2(logits - tl.expand_dims(total, AXIS))
+    if padding is not None or MASK != 0:  # noqa: SIM114  # no branch on the device
+        weights = unweigh(weights, place, end, total, reach, AXIS)
+    elif is_edge(first, length, window, reach, KEYS):
+        weights = unweigh(weights, place, end, total, reach, AXIS)
     return weights
 
 
@@ -273,6 +277,7 @@ def _largest(sums, AXIS: tl.constexpr):
 def observe_scores(
     query,
     key,
+    mask,
     padding,
     lse,
     scores,
@@ -284,6 +289,10 @@ def observe_scores(
     stride_kh,
     stride_kl,
     stride_kd,
+    stride_mb,
+    stride_mh,
+    stride_mt,
+    stride_mm,
     stride_pb,
     stride_pl,
     stride_lb,
@@ -307,6 +316,7 @@ def observe_scores(
     WINDOW: tl.constexpr,
     KEYS: tl.constexpr,
     KEYS_LEFT: tl.constexpr,
+    MASK: tl.constexpr,
 ):
     """Write the scores of ``tiles`` tiles of keys, ``[B * Hkv, L]``; each key is read once.
 
@@ -325,6 +335,8 @@ def observe_scores(
     lse += batch * stride_lb + kv_head * GROUP * stride_lh
     key += batch * stride_kb + kv_head * stride_kh
     scores += pair.to(tl.int64) * length
+    if MASK != 0:
+        mask += batch * stride_mb + kv_head * GROUP * stride_mh
     if padding is not None:
         padding += batch * stride_pb
         divisor = _num_counted(padding, stride_pl, length, window, WINDOW)
@@ -335,14 +347,15 @@ def observe_scores(
     last = tl.minimum(first + tiles, tl.cdiv(length, KEYS))
     index = tl.arange(0, KEYS)
     if HEAD_BLOCKS == 1 and SPAN == WINDOW:
-        head, row, counted, end = _rows(padding, stride_pl, 0, 0, length, window, GROUP, ROWS, SPAN)
+        head, row, counted, end = _rows(padding, stride_pl, 0, 0, length, window, GROUP, ROWS, SPAN, MASK)
         q = _queries(query, stride_qh, stride_qt, stride_qd, head, row, DIM, WIDTH)
         total = _sums(lse, stride_lh, stride_lt, to_base_2, head, row, counted)
         for tile in range(first, last):
             k, place = _keys(key, padding, stride_kl, stride_kd, stride_pl, tile * KEYS, length, DIM, WIDTH, KEYS)
             weights = _attention(
-                q, k, padding, tile * KEYS, place, end, total, length, window, reach, scale, softcap, KEYS, KEYS_LEFT
-            )
+                q, k, mask, padding, stride_mh, stride_mt, stride_mm, head, row, tile * KEYS, place, end, total,
+                length, window, reach, scale, softcap, KEYS, KEYS_LEFT, MASK,
+            )  # fmt: skip
             if LARGEST:
                 result = _largest(_per_head(weights, HEADS, SPAN, KEYS, KEYS_LEFT), ROW_AXIS)
             else:
@@ -366,25 +379,14 @@ def observe_scores(
                     GROUP,
                     ROWS,
                     SPAN,
+                    MASK,
                 )
                 q = _queries(query, stride_qh, stride_qt, stride_qd, head, row, DIM, WIDTH)
                 total = _sums(lse, stride_lh, stride_lt, to_base_2, head, row, counted)
                 weights = _attention(
-                    q,
-                    k,
-                    padding,
-                    tile * KEYS,
-                    place,
-                    end,
-                    total,
-                    length,
-                    window,
-                    reach,
-                    scale,
-                    softcap,
-                    KEYS,
-                    KEYS_LEFT,
-                )
+                    q, k, mask, padding, stride_mh, stride_mt, stride_mm, head, row, tile * KEYS, place, end, total,
+                    length, window, reach, scale, softcap, KEYS, KEYS_LEFT, MASK,
+                )  # fmt: skip
                 if not LARGEST:
                     result += tl.sum(weights, ROW_AXIS)
                 elif HEADS > 1:  # whole windows

@@ -14,7 +14,7 @@ from tests.kernels.checks.draw import Draw
 
 __all__ = ["OPS", "checks_of"]
 
-OPS = ("observe", "select", "compact", "decode_attention", "extend")
+OPS = ("observe", "select", "compact", "decode_attention", "attend", "extend")
 
 
 def checks_of(op: str) -> Mapping[str, Callable[[Draw], None]]:

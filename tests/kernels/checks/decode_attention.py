@@ -98,13 +98,19 @@ def _check_sums(case: Case, sums: torch.Tensor) -> None:
     """Check log-sum-exp: dense attention gives only the weights, so compare how logit and weight differ."""
     reference = dense(case)
     num_heads = case.key_new.shape[1]
-    grouped = case.query.double().unflatten(1, (num_heads, -1))
-    logits = (grouped @ reference.keys.unsqueeze(2).mT).flatten(1, 2) * case.scale
     if case.mask is not None and case.mask.dtype != torch.bool:
         return
+    grouped = case.query.double().unflatten(1, (num_heads, -1))
+    logits = (grouped @ reference.keys.unsqueeze(2).mT).flatten(1, 2) * case.scale
+    if case.softcap is not None:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
     top = reference.weights.argmax(-1, keepdim=True)
     wanted = (logits.gather(-1, top) - reference.weights.gather(-1, top).log()).squeeze(-1)
     nothing = ~reference.weights.any(-1)
+    if case.sinks is not None:
+        nothing &= case.sinks.isneginf()[:, None]
+        unseen = ~reference.weights.any(-1)
+        wanted = torch.where(unseen, case.sinks.double()[:, None], wanted)
     assert sums.isneginf().equal(nothing), "sums are -inf exactly where nothing is visible"
     wanted = wanted.masked_fill(nothing, 0.0)
     torch.testing.assert_close(sums.masked_fill(nothing, 0.0).double(), wanted, rtol=1e-4, atol=1e-3)
@@ -233,6 +239,30 @@ def nothing_visible(draw: Draw) -> None:
     assert_near(output, oracle.output, torch.float32)
 
 
+def soft_caps_and_sinks(draw: Draw) -> None:
+    """Caps below and above the logits, sinks of every size, alone and together, on heads that are cut or not."""
+    for index, (softcap, shift) in enumerate(((0.1, None), (30.0, 0.0), (1e5, 80.0), (None, -80.0), (None, 0.0))):
+        for count, lengths in ((1, [[1, 400, 2]]), (3, _SKEWED)):
+            case = ragged_case(
+                lengths, count=count, prefix_length=500, group=3, key_dim=16, value_dim=16, dtype=_DTYPES[index % 3],
+                seed=draw.seed_for(),
+            )  # fmt: skip
+            heads = case.query.shape[1]
+            sinks = None if shift is None else (draw.normal(heads).cpu() * 2 + shift).to(_DTYPES[count % 3])
+            case = dataclasses.replace(case, softcap=softcap, sinks=sinks, scale=1.0)
+            _check(draw, case)
+            if sinks is not None:
+                sinks[::2] = -torch.inf
+            padding = draw.uniform(len(lengths), case.length).cpu() < 0.7
+            mask = draw.normal(1, heads, 1, case.length).cpu() * 3
+            _check(draw, dataclasses.replace(case, padding=padding, sliding_window=300))
+            _check(draw, dataclasses.replace(case, padding=padding, mask=mask))
+    case = ragged_case([[40, 3]], key_dim=16, value_dim=16, seed=draw.seed_for())
+    hidden = torch.zeros(1, case.length, dtype=torch.bool)
+    unseen = dataclasses.replace(case, padding=hidden, sinks=torch.ones(4)).to(draw.device)
+    assert not decode_attention(*unseen.arguments()).any(), "a sink is not a value"
+
+
 def rows_are_independent(draw: Draw) -> None:
     """NaN in one row of the batch stays there."""
     case = _with_counters(ragged_case([[30, 60], [50, 9]], slots=99, key_dim=16, value_dim=16, seed=draw.seed_for()))
@@ -330,6 +360,7 @@ CHECKS: dict[str, Callable[[Draw], None]] = {
         paddings,
         masks,
         nothing_visible,
+        soft_caps_and_sinks,
         rows_are_independent,
         strided_arguments,
         many_steps,

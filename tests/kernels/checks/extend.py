@@ -122,6 +122,24 @@ def hidden(draw: Draw) -> None:
         _check(draw, case, dataclasses.replace(POLICY, gqa="max" if kind == "float" else "mean"))
 
 
+def capped(draw: Draw) -> None:
+    """Soft caps and sinks, of which some are none, also under what hides entries."""
+    for index, dtype in enumerate((torch.float32, torch.bfloat16)):
+        case = _case(draw, count=7, group=3, dtype=dtype)
+        case.softcap, case.sinks = (1.5, 200.0)[index], draw.normal(12, dtype=dtype).cpu() * 2
+        case.sinks[::2] = -torch.inf
+        swapped = 2 if dtype == torch.float32 else 20
+        _check(draw, case, dataclasses.replace(POLICY, gqa="max"), swapped=swapped)
+        case.mask = draw.normal(2, 12, 7, case.length).cpu() * 3
+        case.padding = draw.uniform(2, case.length).cpu() < 0.8
+        _check(draw, case, POLICY, swapped=swapped)
+    case = _case(draw, LENGTHS[:1], count=40)
+    case.sinks = draw.normal(8).cpu() + 80
+    _check(draw, dataclasses.replace(case, sliding_window=50), POLICY)
+    case.sinks -= 160
+    _check(draw, case, POLICY)
+
+
 def nothing_is_evicted(draw: Draw) -> None:
     """Without eviction all that is held stays, but for padding; so it does where the budget is larger."""
     case = _case(draw)
@@ -163,5 +181,5 @@ CHECKS: dict[str, Callable[[Draw], None]] = {
     for dtype, dims in DIMS.items()
 } | {
     check.__name__: check
-    for check in (methods, reductions, hidden, nothing_is_evicted, nothing_is_kept_yet, strided, the_same_twice)
+    for check in (methods, reductions, hidden, capped, nothing_is_evicted, nothing_is_kept_yet, strided, the_same_twice)
 }

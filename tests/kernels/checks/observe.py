@@ -61,6 +61,9 @@ def _dense(
     sliding_window: int | None,
     window: int,
     gqa: Gqa,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return float64 scores ``[B, Hkv, L]`` and the log-sum-exps ``[B, Hq, T]`` of all queries, on the CPU."""
     query, key = query.cpu().double(), key.cpu().double()
@@ -72,11 +75,16 @@ def _dense(
     visible = columns <= places
     if sliding_window is not None:
         visible &= columns > places - sliding_window
-    seen = (visible & real[:, None, :])[:, None]
-    logits = (query @ key.repeat_interleave(group, 1).mT * scale).masked_fill(~seen, -torch.inf)
+    logits = query @ key.repeat_interleave(group, 1).mT * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        visible, mask = torch.tensor(True), mask.cpu()[..., mask.shape[3] - length :]
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
+    logits = logits.masked_fill(~(visible & real[:, None, None]), -torch.inf)
     sums = logits.logsumexp(-1)
-    weights = logits.softmax(-1)
-    weights = torch.where(seen.any(-1, keepdim=True), weights, 0.0)
+    total = sums if sinks is None else torch.logaddexp(sums, sinks.cpu().double()[:, None])
+    weights = (logits - total.masked_fill(total == -torch.inf, 0.0)[..., None]).exp()
 
     taken = min(window, count, length)
     counted = real[:, length - taken :]
@@ -96,15 +104,19 @@ def _check(
     scale: float | None = None,
     gqa: tuple[Gqa, ...] = ("mean", "max"),
     given: tuple[bool, ...] = (False, True),
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Compare with both oracles, with sums of the attention and without."""
     scale = key.shape[3] ** -0.5 if scale is None else scale
     for reduction in gqa:
         policy = Policy(budget=window + 16, window=window, gqa=reduction).encode()
-        oracle, sums = _dense(query, key, padding, scale, sliding_window, window, reduction)
-        portable = _portable(query, key, padding, None, scale, sliding_window, policy)
+        rest = {"mask": mask, "sinks": sinks, "softcap": softcap}
+        oracle, sums = _dense(query, key, padding, scale, sliding_window, window, reduction, mask, sinks, softcap)
+        portable = _portable(query, key, padding, None, scale, sliding_window, policy, **rest)
         for lse in (sums.float().to(key.device) if with_sums else None for with_sums in given):
-            scores = _triton(query, key, padding, lse, scale, sliding_window, policy)
+            scores = _triton(query, key, padding, lse, scale, sliding_window, policy, **rest)
             assert scores.dtype == torch.float32, f"scores are {scores.dtype}"
             assert scores.is_contiguous(), f"scores have strides {scores.stride()}"
             # All that follows the products is float32, whatever the dtype of the inputs.
@@ -163,6 +175,43 @@ def _padding(draw: Draw) -> None:
     _check(query, key, wide.to(draw.device)[:, ::2], window=70, gqa=("max",))
 
 
+def _soft_caps_and_sinks(draw: Draw) -> None:
+    """Caps below and above the logits, sinks of every size and none, rows that make one block and several."""
+    for group, window, dtype in ((2, 16, torch.float32), (3, 40, torch.bfloat16), (1, 80, torch.float16)):
+        query, key = _inputs(draw, 2, 2, group, 90, 140, 32, dtype)
+        padding = draw.uniform(2, 140) < 0.7
+        for softcap, shift in ((0.1, None), (5.0, 0.0), (1e4, 80.0), (None, -80.0)):
+            sinks = None if shift is None else draw.normal(2 * group, dtype=dtype) * 2 + shift
+            if sinks is not None and shift == 0.0:
+                sinks[::2] = -torch.inf
+            _check(query, key, window=window, softcap=softcap, sinks=sinks)
+            _check(query, key, padding, window=window, softcap=softcap, sinks=sinks, gqa=("max",), sliding_window=60)
+
+
+def _masks(draw: Draw) -> None:
+    """Masks of every broadcast shape and kind, in place of the rules; rows that make one block and several."""
+    for group, window, count, length in ((2, 16, 50, 140), (3, 40, 60, 130), (1, 80, 90, 100), (2, 9, 5, 70)):
+        query, key = _inputs(draw, 2, 2, group, count, length, 32)
+        padding = draw.uniform(2, length) < 0.7
+        for index, (shape, columns) in enumerate((("111", 0), ("bht", 7), ("b1t", 9), ("1h1", 0))):
+            sizes = [size if letter in shape else 1 for letter, size in zip("bht", (2, 2 * group, count), strict=True)]
+            mask = draw.uniform(*sizes, length + columns) < 0.6
+            if index % 2:
+                mask = (draw.normal(*mask.shape) * 2).masked_fill(~mask, -torch.inf)
+            given = (index < 2,)
+            _check(query, key, window=window, mask=mask, sliding_window=3, given=given, gqa=("mean",))
+            _check(query, key, padding, window=window, mask=mask, given=given, gqa=("max",))
+    strided = draw.normal(2, length, count, 4).permute(0, 3, 2, 1).to(torch.float16)
+    _check(query, key, window=9, mask=strided, softcap=2.0, sinks=draw.normal(4))
+    everything = torch.ones(1, 1, length, count, dtype=torch.bool, device=draw.device).mT
+    _check(query, key, window=9, mask=everything)
+    hidden = everything.clone()
+    hidden[:, :, -3:] = False
+    _check(query, key, window=9, mask=hidden, sinks=torch.full((4,), -torch.inf, device=draw.device))
+    lowest = torch.where(draw.uniform(*everything.shape) < 0.5, 0.0, torch.finfo(torch.float32).min)
+    _check(query, key, window=9, mask=lowest.to(draw.device), given=(False,))
+
+
 def _padding_holds_nan(draw: Draw) -> None:
     """Queries, keys and sums of padding are NaN, and nothing of it shows."""
     for head_dim, group, window in ((32, 3, 20), (80, 1, 90)):
@@ -172,6 +221,7 @@ def _padding_holds_nan(draw: Draw) -> None:
         padding[1, 121:] = False
         padding = padding.to(draw.device)
         scale = head_dim**-0.5
+        causal = torch.ones(100, 130, dtype=torch.bool, device=draw.device).tril(30)[None, None]
         for gqa in ("mean", "max"):
             policy = Policy(budget=256, window=window, gqa=gqa).encode()
             oracle, sums = _dense(query, key, padding, scale, None, window, gqa)
@@ -180,6 +230,8 @@ def _padding_holds_nan(draw: Draw) -> None:
             bad_sums = sums.float().to(draw.device).masked_fill(~padding[:, None, 30:], torch.nan)
             for lse in (None, bad_sums):
                 scores = _triton(bad_query, bad_key, padding, lse, scale, None, policy)
+                assert_near(scores.cpu(), oracle, torch.float32)
+                scores = _triton(bad_query, bad_key, padding, lse, scale, None, policy, mask=causal)
                 assert_near(scores.cpu(), oracle, torch.float32)
 
 
@@ -263,6 +315,8 @@ CHECKS: dict[str, Callable[[Draw], None]] = {
     "lengths": _lengths,
     "sliding": _sliding,
     "padding": _padding,
+    "soft_caps_and_sinks": _soft_caps_and_sinks,
+    "masks": _masks,
     "padding_holds_nan": _padding_holds_nan,
     "not_a_number": _not_a_number,
     "strides": _strides,
