@@ -54,7 +54,11 @@ PREFILL_SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
     }.items()
     for name, arguments in prefill(*options).items()
 }
+_QUERY, _KEY = PREFILL_SAMPLES["observe_v3-plain"][1][:2]
+_BIAS = torch.randn(1, 6, 30, 33, generator=torch.manual_seed(0))
 SAMPLES = PREFILL_SAMPLES | {
+    "observe-mask": ("observe_v3", (_QUERY, _KEY, _BIAS > 0, None, None, None, 0.3, None, None, POLICY)),
+    "observe-bias": ("observe_v3", (_QUERY, _KEY, _BIAS, None, None, SINKS, 0.3, None, 2.0, POLICY)),
     "decode-plain": ("decode_attention_v2", CASE.arguments()),
     "decode-masked": ("decode_attention_v2", MASKED.arguments()),
     "decode-long": ("decode_attention_v2", LONG.arguments()),

@@ -180,12 +180,14 @@ def _soft_caps_and_sinks(draw: Draw) -> None:
     for group, window, dtype in ((2, 16, torch.float32), (3, 40, torch.bfloat16), (1, 80, torch.float16)):
         query, key = _inputs(draw, 2, 2, group, 90, 140, 32, dtype)
         padding = draw.uniform(2, 140) < 0.7
-        for softcap, shift in ((0.1, None), (5.0, 0.0), (1e4, 80.0), (None, -80.0)):
+        for index, (softcap, shift) in enumerate(((0.1, None), (5.0, 0.0), (1e4, 80.0), (None, -80.0))):
             sinks = None if shift is None else draw.normal(2 * group, dtype=dtype) * 2 + shift
             if sinks is not None and shift == 0.0:
                 sinks[::2] = -torch.inf
-            _check(query, key, window=window, softcap=softcap, sinks=sinks)
-            _check(query, key, padding, window=window, softcap=softcap, sinks=sinks, gqa=("max",), sliding_window=60)
+            given, gqa = (index % 2 == 1,), ("max",) if index < 2 else ("mean",)
+            _check(query, key, window=window, softcap=softcap, sinks=sinks, given=given, gqa=gqa)
+            if index % 2:
+                _check(query, key, padding, window=window, softcap=softcap, sinks=sinks, gqa=gqa, sliding_window=60)
 
 
 def _masks(draw: Draw) -> None:
