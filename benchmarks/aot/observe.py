@@ -54,7 +54,7 @@ def kernels(capability: tuple[int, int]) -> list[Kernel]:
         for head_dim, group, window, reduction, extra in _SHAPES:
             if dtype == "fp16" and head_dim != 128:
                 continue
-            config = config_of(target, itemsize, head_dim)
+            config = config_of(target, itemsize, head_dim, masked="mask" in extra or "bias" in extra)
             what = f"{dtype} D{head_dim} G{group} W{window} {extra}".rstrip()
             absent: dict[str, int | None] = {"stride_qd": 1, "stride_kd": 1}
             if "cap" not in extra:

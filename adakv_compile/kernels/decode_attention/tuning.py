@@ -127,7 +127,7 @@ def blocks_of(target: Target, shape: Shape) -> Blocks:
         return Blocks(16, 16, 8 if dim == 256 else 4, 3, maxnreg=_ALL)
     if rows <= 16:
         if dim == 256:
-            return Blocks(16, 16, 4, 4)
+            return Blocks(16, 16, 4, 4, maxnreg=_ALL if shape.stored else None)
         if masked:
             return Blocks(16, 32, 4, 3)
         if shape.batch * shape.slots < _SMALL:

@@ -36,7 +36,7 @@ def observe(
     """Return the raw scores of every entry; see :mod:`adakv_compile.kernels.observe.op`."""
     check_observation(query, key, mask, padding, lse, sinks, softcap)
     target = target_of(key.device)
-    config = config_of(target, key.element_size(), key.shape[3])
+    config = config_of(target, key.element_size(), key.shape[3], masked=mask is not None)
     softmax = Softmax(scale, softcap, sinks)
     return observe_with(config, target, query, key, mask, padding, lse, softmax, sliding_window, Policy.decode(policy))
 

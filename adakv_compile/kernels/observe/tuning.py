@@ -86,17 +86,33 @@ _SINGLE_PRECISION: Final = {
     128: Config(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     256: Config(Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
 }
+# A mask that is looked up takes registers and shared memory of its own; the same for all devices.
+_MASKED: Final = {
+    32: Config(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
+    64: Config(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
+    128: Config(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
+    256: Config(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 4, 2)),
+}
 _INTERPRETED: Final = Config(Blocks(32, 64, 4, 1, 2), Blocks(64, 32, 4, 1, 2), Blocks(64, 32, 4, 1, 2))
 _BY_CAPABILITY: Final = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL, (10, 3): _BLACKWELL}
 
 
-def config_of(target: Target, itemsize: int, head_dim: int) -> Config:
-    """Return the blocks for a device; capabilities that the table does not name take what fits all."""
+def config_of(target: Target, itemsize: int, head_dim: int, *, masked: bool) -> Config:
+    """Return the blocks for a device; capabilities that the table does not name take what fits all.
+
+    Args:
+        target: The device.
+        itemsize: Bytes of a number.
+        head_dim: Of queries and keys.
+        masked: Whether a mask is looked up.
+    """
     if target.capability == INTERPRETER.capability:
         return _INTERPRETED
     width = max(32, block_of(head_dim))
     if itemsize > 2:
         return _SINGLE_PRECISION[width]
+    if masked:
+        return _MASKED[width]
     return _BY_CAPABILITY.get(target.capability, _CONSUMER)[width]
 
 
