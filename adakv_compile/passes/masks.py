@@ -24,6 +24,7 @@ from adakv_compile.symbolic.expr import (
     Float,
     Load,
     Where,
+    axes_of,
     loads_of,
     show,
     substitute,
@@ -98,7 +99,15 @@ class MaskProver:
                 raise NotProvedError("a mask together with is_causal", expr)
             geometry = self._geometry(node, expr, queries, keys)
             predicate, masked = self._predicate(node, expr, bias)
-            proof = classify(predicate, geometry, self._reader.leaves, self._reader.holders)
+            try:
+                proof = classify(predicate, geometry, self._reader.leaves, self._reader.holders)
+            except NotProvedError as failure:
+                known = _known_part(predicate)
+                if known is None:
+                    raise
+                proof = classify(known, geometry, self._reader.leaves, self._reader.holders)
+                predicate = known
+                bias.append(failure)
         except NotProvedError as failure:
             return self._unproven(node, failure, predicate)
         return dataclasses.replace(
@@ -217,6 +226,16 @@ class MaskProver:
             where=source_line(culprit) or source_line(node),
             sizes=self._sizes,
         )
+
+
+def _known_part(predicate: Expr) -> Expr | None:
+    """Return a conjunction without what unknown tensors hide from some queries; ``None`` if there is no such part."""
+    if not isinstance(predicate, And):
+        return None
+    known = tuple(term for term in predicate.operands if not loads_of(term) or QUERY not in axes_of(term))
+    if len(known) in (0, len(predicate.operands)):
+        return None
+    return known[0] if len(known) == 1 else And(known)
 
 
 def _without_mask(is_causal: bool, sizes: Sizes) -> MaskProof:

@@ -95,12 +95,6 @@ CASES: dict[str, Refused] = {
     ),
     "by-row-of-the-batch": Refused(lambda x, k, p: columns(k) <= rows(x, k) - each_batch(p), UNPROVEN, "no known form"),
     # Padding that isn't.
-    "padding-by-query": Refused(
-        lambda x, k, p: causal(x, k, p) & p.bool()[:, None, :, None], UNPROVEN, "depends on the query"
-    ),
-    "padding-gathered-by-query": Refused(
-        lambda x, k, p: causal(x, k, p) & p.bool()[each_batch(p), rows(x, k)], UNPROVEN, "depends on the query"
-    ),
     "padding-of-row-zero": Refused(
         lambda x, k, p: causal(x, k, p) & p.bool()[torch.zeros_like(each_batch(p)), columns(k)],
         UNPROVEN,
@@ -139,9 +133,6 @@ CASES: dict[str, Refused] = {
         UNPROVEN,
         "two different padding",
     ),
-    "padding-of-both": Refused(
-        lambda x, k, p: causal(x, k, p) & real(p) & p.bool()[:, None, :, None], UNPROVEN, "depends on the query"
-    ),
     "padding-against-padding": Refused(
         lambda x, k, p: causal(x, k, p) & (p == torch.cumsum(p, -1))[:, None, None], UNPROVEN, "one element"
     ),
@@ -149,18 +140,11 @@ CASES: dict[str, Refused] = {
     "a-flag-for-a-row": Refused(
         lambda x, k, p: causal(x, k, p) & (p.sum(-1) > 3)[:, None, None, None], UNPROVEN, "key's column"
     ),
-    "packed-sequences": Refused(
-        lambda x, k, p: causal(x, k, p) & (p[:, None, :, None] == p[:, None, None, :]), UNPROVEN, "one element"
-    ),
     # Values nobody knows.
     "an-input": Refused(
         lambda x, k, p: p.bool()[:, None, None].expand(-1, 1, QUERIES, -1) & (x[0] > 0)[:, None],
         UNPROVEN,
         "depends on the query",
-    ),
-    "random": Refused(lambda x, k, p: causal(x, k, p) & (torch.rand(QUERIES, KEYS) > 0.5), UNPROVEN, "rand"),
-    "uninitialised": Refused(
-        lambda x, k, p: causal(x, k, p) & torch.empty(QUERIES, KEYS, dtype=torch.bool), UNPROVEN, "empty"
     ),
     "a-constant-tensor": Refused(
         lambda x, k, p: torch.tensor([[True] * KEYS] * QUERIES), UNPROVEN, "depends on the query"
@@ -172,9 +156,6 @@ CASES: dict[str, Refused] = {
         lambda x, k, p: columns(k) <= (torch.cumsum(p[0], 0) - 1)[:, None], UNPROVEN, "reads"
     ),
     "offset-from-a-tensor": Refused(lambda x, k, p: columns(k) <= rows(x, k) + p.sum() - p.sum(), CAUSAL, "tensor"),
-    "window-from-a-tensor": Refused(
-        lambda x, k, p: causal(x, k, p) & (columns(k) > rows(x, k) - p.sum()), UNPROVEN, "window is read"
-    ),
     "prefix-from-a-tensor": Refused(
         lambda x, k, p: causal(x, k, p) | (columns(k) < p.sum()), UNPROVEN, "prefix is read"
     ),
@@ -191,9 +172,6 @@ CASES: dict[str, Refused] = {
     "a-mask-of-integers": Refused(lambda x, k, p: causal(x, k, p).long(), UNPROVEN, "torch.int64"),
     "a-tiny-number": Refused(
         lambda x, k, p: torch.where(causal(x, k, p), 1.0, 1e-30).half().bool(), UNPROVEN, "_to_copy"
-    ),
-    "numbers-that-wrap": Refused(
-        lambda x, k, p: causal(x, k, p) & (p.flip(-1) << 32).int().bool()[:, None, :, None], UNPROVEN, "_to_copy"
     ),
     "many-absolute-values": Refused(
         lambda x, k, p: sum((columns(k) - i * rows(x, k)).abs() for i in range(2, 14)) <= 90, UNPROVEN, "no known form"
