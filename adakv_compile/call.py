@@ -7,12 +7,14 @@ shape.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final, Literal, cast
 
+import torch
 from torch import Tensor
 
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
@@ -26,6 +28,7 @@ __all__ = [
     "Assumption",
     "Boundary",
     "CachedLength",
+    "CausalMask",
     "Dimension",
     "Grown",
     "Made",
@@ -196,6 +199,35 @@ class Assumed:
 
 
 @dataclass(frozen=True, slots=True)
+class CausalMask:
+    """An argument that is a prompt's mask: whether it is causal, times padding, is seen from its values.
+
+    Attributes:
+        index: Index of the argument.
+    """
+
+    index: int
+
+    def holds(self, argument: Tensor) -> bool:
+        """Tell whether every real token, the last one among them, sees itself and the real tokens before it.
+
+        Waits for the device.
+
+        Args:
+            argument: ``[B or 1, 1, T, T]`` bool.
+        """
+        real = argument[:, :, -1:, :]
+        causal = torch.ones(argument.shape[-2:], dtype=torch.bool, device=argument.device).tril_()
+        if bool(((argument == (causal & real)) | ~real.mT).all() & real[..., -1].all()):
+            return True
+        warnings.warn(
+            'backend="adakv": the mask that this graph is given is not causal; this prompt runs uncompressed.',
+            stacklevel=2,
+        )
+        return False
+
+
+@dataclass(frozen=True, slots=True)
 class Boundary:
     """How arguments and results of the compiled graph relate to those of Dynamo's graph.
 
@@ -209,7 +241,7 @@ class Boundary:
     inputs: tuple[Input, ...]
     pasts: tuple[Past, ...]
     outputs: tuple[Output, ...]
-    assumed: tuple[Assumed, ...] = ()
+    assumed: tuple[Assumed | CausalMask, ...] = ()
 
 
 def bind(

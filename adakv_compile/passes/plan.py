@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import cast
 
+import torch
 from torch import fx
 
 from adakv_compile.capture import Program
@@ -18,7 +19,7 @@ from adakv_compile.passes.implementation import Implementation, choose_attention
 from adakv_compile.passes.late import Late, find_late
 from adakv_compile.passes.latent import find_latent
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
-from adakv_compile.passes.nodes import same_size, source_line, static_int
+from adakv_compile.passes.nodes import same_size, skip_no_ops, source_line, static_int
 from adakv_compile.passes.region import Region
 from adakv_compile.report import Reason, Refusal, SiteReport
 from adakv_compile.runtime.layout import STANDARD
@@ -52,6 +53,8 @@ class MaskUse:
         sliding_window: Window of a proved sliding mask, in tokens.
         columns: Whether entries that a sliding cache has dropped must be told apart by their column.
         bias: Whether the proved mask also adds numbers, which the scores need: ``lookup`` is the mask then, too.
+        checked: The mask, a prompt's, of which nothing can be proved because it comes in from outside: its values are
+            checked to be causal times padding at every call.
     """
 
     proof: MaskProof
@@ -60,6 +63,7 @@ class MaskUse:
     sliding_window: int | None = None
     columns: bool = False
     bias: bool = False
+    checked: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,12 @@ class Plan:
     left: tuple[tuple[int, fx.Node, Refusal], ...]
     policies: tuple[str, ...]
     assumed: tuple[fx.Node, ...] = ()
+
+    @property
+    def checked(self) -> tuple[fx.Node, ...]:
+        """Masks whose values must be checked at every call."""
+        masks = [planned.mask.checked for planned in self.sites]
+        return tuple(dict.fromkeys(mask for mask in masks if mask is not None))
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
@@ -295,7 +305,10 @@ def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
 
 def _mask_of_prefill(site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options) -> MaskUse | Refusal:
     if not proof.is_self_causal(site.query_length, site.key_length):
-        return _refuse_mask(site, proof)
+        outside = _from_outside(site)
+        if outside is None or update.is_sliding:
+            return _refuse_mask(site, proof)
+        return MaskUse(proof, checked=outside)
     window = static_int(proof.window)
     if proof.window is not None and window is None:
         return Refusal(Reason.MASK_UNPROVEN, f"the sliding window {proof.window} is not a number")
@@ -310,6 +323,17 @@ def _mask_of_prefill(site: AttentionSite, update: CacheUpdate, proof: MaskProof,
         sliding_window=window,
         bias=proof.biased,
     )
+
+
+def _from_outside(site: AttentionSite) -> fx.Node | None:
+    """Return the boolean mask of a whole prompt that the graph is given, as after a graph break."""
+    mask = None if site.mask is None else skip_no_ops(site.mask)
+    if mask is None or mask.op != "placeholder" or site.is_causal or mask.meta["val"].dtype != torch.bool:
+        return None
+    shape = mask.meta["val"].shape
+    square = len(shape) == 4 and same_size(shape[2], site.query_length) and same_size(shape[3], site.key_length)
+    whole = same_size(site.query_length, site.key_length)
+    return mask if square and whole and static_int(shape[1]) == 1 else None
 
 
 def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) -> MaskUse | Refusal:
@@ -328,6 +352,8 @@ def _mask_of_past(site: AttentionSite, update: CacheUpdate, proof: MaskProof) ->
 
 def _why_masked(mask: MaskUse) -> str | None:
     """Return why a prompt's attention takes the model's own mask."""
+    if mask.checked is not None:
+        return "the mask comes in from outside"
     if mask.bias:
         return "numbers are added to the logits"
     return None if mask.padding is None else "the batch is padded, which takes the model's own mask"
@@ -337,7 +363,9 @@ def _describe(planned: PlannedSite) -> SiteReport:
     site, mask = planned.site, planned.mask
     heads = f"{site.num_heads} query heads on {site.num_kv_heads} KV heads"
     shape = f"{heads}, head dim {site.key_dim}, {site.query_length} of {site.key_length} tokens new"
-    if mask.lookup is None:
+    if mask.checked is not None:
+        text = "comes in from outside; checked at every call to be causal, times padding"
+    elif mask.lookup is None:
         text = f"proved: {mask.proof}"
     elif mask.bias:
         text = f"proved: {mask.proof}, with numbers added that are looked up at the kept positions"

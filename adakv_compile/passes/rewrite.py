@@ -17,6 +17,7 @@ from adakv_compile.call import (
     Assumed,
     Boundary,
     CachedLength,
+    CausalMask,
     Grown,
     Made,
     Output,
@@ -134,7 +135,10 @@ class _Rewriter:
                 tuple(source for source, _ in inputs),
                 tuple(self.inputs.pasts),
                 outputs,
-                tuple(Assumed(self.program.inputs.index(node), self.program.kept[node]) for node in self.plan.assumed),
+                (
+                    *(Assumed(self.program.inputs.index(node), self.program.kept[node]) for node in self.plan.assumed),
+                    *(CausalMask(self.program.inputs.index(node)) for node in self.plan.checked),
+                ),
             ),
             unguarded=tuple(self.inputs.unguarded),
         )
@@ -401,10 +405,14 @@ class _Rewriter:
 
     def _padding(self, planned: PlannedSite, start: int | fx.Node | None = None) -> fx.Node | None:
         """Emit the padding of all columns, or of those from ``start`` on, if there is any."""
-        fact = planned.mask.padding
+        fact, emit = planned.mask.padding, self._emit(planned)
+        if planned.mask.checked is not None:
+            # What the last token sees.
+            row = emit.call(aten.select.int, planned.mask.checked, 2, -1)
+            row = emit.call(aten.select.int, row, 1, 0)
+            return row if start is None else emit.call(aten.slice.Tensor, row, 1, start)
         if fact is None:
             return None
-        emit = self._emit(planned)
         return emit_padding(fact, lambda target, args: emit.call(target, *args), planned.site.key_length, start)
 
     def _columns(self, planned: PlannedSite) -> fx.Node | None:
