@@ -8,6 +8,7 @@ __all__ = ["EXCEPTIONS", "LAYERS", "NO_PADDING", "PREFIX"]
 
 #: How many layers, where two don't hold one of each kind.
 LAYERS: Final[dict[str, int]] = {
+    "gemma3n": 4,
     "gemma3n_text": 4,
     "gemma4": 4,
     "gemma4_text": 4,

@@ -57,8 +57,16 @@ class Interception(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._operator(func, args, kwargs)
-        if name == "softmax" and self._is_attention(args[0], args, kwargs):
-            return self._softmax(func, args, kwargs)
+        if name == "multi_head_attention_forward":
+            return self._module(func, args, kwargs)
+        if name == "softmax":
+            logits: Tensor = args[0]
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            if dim in (-1, logits.dim() - 1) and self._is_attention(logits):
+                return self._softmax(lambda rows: func(rows, *args[1:], **kwargs), logits)
+            if dim in (-2, logits.dim() - 2) and self._is_attention(logits.mT):
+                # Keys by queries.
+                return self._softmax(lambda rows: func(rows.mT, *args[1:], **kwargs).mT, logits.mT).mT
         return func(*args, **kwargs)
 
     def _operator(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -80,14 +88,24 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         return (weights @ _per_query_head(value, weights.shape[1])).to(given["query"].dtype)
 
-    def _is_attention(self, logits: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if dim not in (-1, logits.dim() - 1) or logits.dim() < 3 or logits.shape[-2] != self.new:
+    def _module(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read the weights that PyTorch's attention module gives away; it has no cache to hide entries of."""
+        out, weights = func(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
+        if weights.shape[-1] in self.lengths:
+            self.count += 1
+            if self.read:
+                self.weights.append(weights.double())
+        if not kwargs.get("need_weights", True):
+            return out, None
+        return out, weights.mean(-3) if kwargs.get("average_attn_weights", True) else weights
+
+    def _is_attention(self, logits: Tensor) -> bool:
+        if logits.dim() < 3 or logits.shape[-2] != self.new:
             return False
         return logits.shape[-1] in self.lengths or logits.shape[-1] - 1 in self.lengths
 
-    def _softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        logits: Tensor = args[0]
+    def _softmax(self, softmax: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+        """Take the softmax over the last dimension of ``logits [..., T, L]``, of what stays visible."""
         has_sink = logits.shape[-1] not in self.lengths
         # [B * H, T, L], [B, H, T, L] and [B, Hkv, G, T, L] are the same numbers in the same order.
         by_head = logits.reshape(self.batch, -1, *logits.shape[-2:])
@@ -96,7 +114,7 @@ class Interception(TorchFunctionMode):
         if keep is not None:
             keep = F.pad(keep, (0, 1), value=True) if has_sink else keep
             logits = by_head.masked_fill(~keep, -torch.inf).view_as(logits)
-        weights = func(logits, *args[1:], **kwargs)
+        weights = softmax(logits)
         if self.read:
             real = weights.reshape(by_head.shape).double()
             self.weights.append(real[..., :-1] if has_sink else real)

@@ -50,12 +50,18 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (weights @ v[:, :, None]).flatten(1, 2)
 
 
+def _keys_by_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    logits = (_wide(k) @ q.transpose(-1, -2) / DIM**0.5).masked_fill(~mask.T, -torch.inf)
+    return logits.softmax(-2).transpose(-1, -2) @ _wide(v)
+
+
 SPELLINGS: dict[str, Spelling] = {
     "operator": _operator,
     "operator, added mask": _operator_added_mask,
     "written out": _written_out,
     "heads flattened into the batch": _flattened,
     "grouped in five dimensions": _grouped,
+    "keys by queries": _keys_by_queries,
 }
 
 
@@ -108,15 +114,32 @@ def test_a_sink_takes_its_share_and_cannot_be_hidden() -> None:
         lambda: torch.randn(BATCH * NEW, 4).softmax(-1),
         lambda: torch.randn(BATCH, HEADS, NEW, LENGTH + 3).softmax(-1),
         lambda: torch.randn(BATCH, HEADS, NEW, LENGTH).softmax(1),
+        lambda: torch.randn(BATCH, HEADS, NEW, LENGTH).softmax(-2),
         lambda: torch.randn(BATCH, HEADS, NEW + 1, LENGTH).softmax(-1),
         lambda: F.scaled_dot_product_attention(*torch.randn(3, BATCH, HEADS, NEW, DIM)),
     ],
-    ids=["experts", "another length", "another dimension", "other queries", "an encoder"],
+    ids=["experts", "another length", "another dimension", "over the queries", "other queries", "an encoder"],
 )
 def test_what_is_no_attention_over_the_prompt_is_left_alone(other: Callable[[], Tensor]) -> None:
     with Interception(BATCH, NEW, {LENGTH}, read=True) as found:
         other()
     assert found.count == 0
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_attention_of_a_module_is_read(need_weights: bool) -> None:
+    module = nn.MultiheadAttention(DIM * HEADS, HEADS, batch_first=True).eval()
+    x = torch.randn(BATCH, LENGTH, DIM * HEADS)
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        expected, means = module(x, x, x, attn_mask=causal, need_weights=need_weights)
+        with Interception(BATCH, LENGTH, {LENGTH}, read=True) as found:
+            out, given = module(x, x, x, attn_mask=causal, need_weights=need_weights)
+    torch.testing.assert_close(out, expected)
+    assert (given is None) == (means is None)
+    (weights,) = found.weights
+    assert weights.shape == (BATCH, HEADS, LENGTH, LENGTH)
+    assert not weights.triu(1).any()
 
 
 def test_one_wrong_entry_is_noticed() -> None:
