@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,29 +10,15 @@ import torch
 from torch import fx
 
 from adakv_compile.capture import Program
-from adakv_compile.passes.attention import AttentionSite, Operand
+from adakv_compile.passes.attention import Operand
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
 from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, static_int
 from adakv_compile.report import Reason, Refusal
 from adakv_compile.runtime.layout import Layout
 
-__all__ = ["CacheUpdate", "find_cache_update", "is_returned_in_disguise", "readers_of"]
+__all__ = ["CacheUpdate", "find_cache_update"]
 
 aten = torch.ops.aten
-
-_TRANSPARENT = (
-    aten.transpose.int,
-    aten.permute.default,
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-)
 
 
 @dataclass(frozen=True)
@@ -346,69 +332,3 @@ def _layout(operand: Operand, dims: Dims) -> Layout | None:
         return Layout(tuple(found))
     except ValueError:
         return None
-
-
-def is_returned_in_disguise(program: Program, site: AttentionSite, which: str) -> bool:
-    """Tell whether what makes the keys (or values), and not the queries, reaches the caller around the attention.
-
-    Args:
-        program: The captured graph.
-        site: The attention.
-        which: ``"key"`` or ``"value"``.
-    """
-    own = _ancestors(site.operand(which).steps[0].node) - _ancestors(site.query)
-    seen, pending = set(own), list(own)
-    while pending:
-        for user in pending.pop().users:
-            if user.op == "output":
-                return True
-            if user is not site.node and user not in seen and user not in program.superseded:
-                seen.add(user)
-                pending.append(user)
-    return False
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return a value and all that it is computed from in the graph."""
-    found, pending = {node}, [node]
-    while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found and source.op == "call_function":
-                found.add(source)
-                pending.append(source)
-    return found
-
-
-def readers_of(program: Program, updates: Iterable[CacheUpdate], ours: frozenset[fx.Node]) -> tuple[str, ...]:
-    """Name the readers of a layer's cache other than attentions, the caller and size queries.
-
-    A compressed cache has no dense form, so in the decode graph such a reader would have nothing to read.
-
-    Args:
-        program: The captured graph.
-        updates: The layer's keys and values.
-        ours: The attentions that are going to read the compressed form, and what they compute keys and values with.
-    """
-    output = next(iter(program.module.graph.find_nodes(op="output")))
-    pending: list[fx.Node] = []
-    for update in updates:
-        nodes = (update.whole, update.cached, update.past, update.holder)
-        pending += [node for node in nodes if node is not None]
-    known = {output, *pending}
-    found: list[str] = []
-    while pending:
-        for user in pending.pop().users:
-            if user in known or user in program.superseded or user in ours or user.target is aten.sym_size.int:
-                continue
-            known.add(user)
-            if user.target in _TRANSPARENT or _is_part(user) or skip_no_ops(user) is not user:
-                pending.append(user)
-            else:
-                found.append(str(user.target))
-    return tuple(found)
-
-
-def _is_part(node: fx.Node) -> bool:
-    """Whether a node takes keys or values out of a tensor that holds both."""
-    name = str(node.target)
-    return any(word in name for word in ("split", "chunk", "unbind", "getitem", "select.int", "repeat"))

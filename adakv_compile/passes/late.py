@@ -16,8 +16,8 @@ from adakv_compile.passes.attention import Operand
 from adakv_compile.passes.axes import Dims, climb
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops
-from adakv_compile.passes.positional import is_positional
-from adakv_compile.passes.region import Region, clone, find_region
+from adakv_compile.passes.positional import is_kept, is_positional
+from adakv_compile.passes.region import TAKE_SIZES, Region, clone, find_region
 
 __all__ = ["Late", "find_late"]
 
@@ -77,7 +77,7 @@ def find_late(program: Program, operand: Operand) -> tuple[Operand, Late] | None
         return node.target is aten.cat.default and arg(node, 1, "dim", 0) in (dim, dim - len(shape_of(node)))
 
     region = find_region([(top.node, column)], is_source, lambda node, dim: is_positional(program, node, dim))
-    if region is None or len(region.sources) != 1:
+    if region is None or len(region.sources) != 1 or not _stays(program, region):
         return None
     ((source, at),) = region.sources.items()
     shapes = shape_of(source), shape_of(top.node)
@@ -87,3 +87,18 @@ def find_late(program: Program, operand: Operand) -> tuple[Operand, Late] | None
         return None
     steps = tuple(climb(operand.axes, source, dims))
     return dataclasses.replace(operand, steps=steps), Late(region, source, top.node, dims)
+
+
+def _stays(program: Program, region: Region) -> bool:
+    """Whether a computation is the same in every call: with the model's own tensors and with numbers."""
+    ours = {*region.nodes, *region.sources, *region.positional}
+    for node in region.nodes:
+        for source in node.all_input_nodes:
+            if source in ours:
+                continue
+            if isinstance(source.meta.get("val"), torch.Tensor):
+                if not is_kept(program, source):
+                    return False
+            elif node.target not in TAKE_SIZES:
+                return False
+    return True

@@ -33,7 +33,7 @@ _WHERE: Final = (aten.where.self, aten.where.ScalarOther)
 _FILL: Final = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _TIMES: Final = (aten.mul.Tensor, aten.mul.Scalar)
 _OVER: Final = (aten.div.Tensor, aten.div.Scalar)
-_FLOORS: Final = (aten.maximum.default, aten.max.other, aten.clamp.default, aten.clamp_min.default)
+_FLOORS: Final = (aten.maximum.default, aten.max.other, aten.clamp_min.default, aten.clamp.default)
 _SUMS: Final = (aten.add.Tensor, aten.sub.Tensor)
 
 
@@ -73,7 +73,9 @@ class Logits:
     sinks: Step | None = None
 
 
-def read_logits(axes: Axes, node: fx.Node, dims: Dims, logits: Logits, sink: bool) -> tuple[fx.Node, Dims]:
+def read_logits(
+    axes: Axes, node: fx.Node, dims: Dims, logits: Logits, sink: bool, above_all: bool
+) -> tuple[fx.Node, Dims]:
     """Peel everything off the logits, down to the product; return it and its dimensions.
 
     Args:
@@ -82,6 +84,7 @@ def read_logits(axes: Axes, node: fx.Node, dims: Dims, logits: Logits, sink: boo
         dims: Its dimensions; if there are sinks, the last one without them.
         logits: Collects what is found.
         sink: Whether the softmax has one entry more than there are keys.
+        above_all: Whether the softmax is over the last dimension, so that it does not feel what is taken off its rows.
 
     Raises:
         NotUnderstoodError: Something else is done to the logits.
@@ -94,8 +97,8 @@ def read_logits(axes: Axes, node: fx.Node, dims: Dims, logits: Logits, sink: boo
                 raise NotUnderstoodError("sinks are masked or scaled with the logits")
         elif (
             is_cast(node)
-            or _subtracts_maximum(node)
-            or (node.target in _FLOORS and number_of(node.args[1]) <= torch.finfo(node.meta["val"].dtype).min)
+            or (above_all and logits.cap is None and logits.sinks is None and _subtracts_maximum(node))
+            or _is_floor(node)
         ):
             node = tensor_of(first)
         elif node.target is aten.tanh.default:
@@ -134,6 +137,13 @@ def _sinks(axes: Axes, node: fx.Node, dims: Dims) -> Step:
     """Return the sinks before they are repeated for rows and queries."""
     *_, top = climb(axes, node, _broadcast(node, (*dims[:-1], ())), casts=True)
     return Step(top.node, axes.resolve(top.dims))
+
+
+def _is_floor(node: fx.Node) -> bool:
+    """Whether a node is ``max(x, lowest)``, which changes nothing."""
+    if node.target not in _FLOORS or len(node.args) != 2 or node.kwargs:
+        return False
+    return number_of(node.args[1]) <= torch.finfo(node.meta["val"].dtype).min
 
 
 def _subtracts_maximum(node: fx.Node) -> bool:

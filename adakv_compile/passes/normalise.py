@@ -17,7 +17,7 @@ from adakv_compile.kernels import attention
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.literals import Factor, NotUnderstoodError
 from adakv_compile.passes.logits import Part, scale_of
-from adakv_compile.passes.nodes import same_size, shape_of
+from adakv_compile.passes.nodes import same_layout, same_size, shape_of
 from adakv_compile.passes.spelled import SOFTMAXES, Meaning, understand
 
 __all__ = ["normalise", "why_not_attention"]
@@ -108,6 +108,9 @@ class _Writer:
         result = emit.arrange(meaning.axes, call, dims, meaning.dims)
         if not _same_shape(result, meaning.product):
             raise NotUnderstoodError("the result has another shape than the product")
+        if meaning.product.meta["val"].is_contiguous() and not same_layout(result, meaning.product):
+            # Views behind it were traced for the product's layout in memory.
+            result = emit.call(aten.clone.default, result, memory_format=torch.contiguous_format)
         if result.meta["val"].dtype != meaning.product.meta["val"].dtype:
             result = emit.call(aten._to_copy.default, result, dtype=meaning.product.meta["val"].dtype)
         meaning.product.replace_all_uses_with(result)

@@ -13,13 +13,14 @@ from torch import fx
 from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
-from adakv_compile.passes.cache import CacheUpdate, find_cache_update, is_returned_in_disguise, readers_of
+from adakv_compile.passes.cache import CacheUpdate, find_cache_update
 from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
 from adakv_compile.passes.late import Late, find_late
 from adakv_compile.passes.latent import find_latent
 from adakv_compile.passes.masks import MaskProof, MaskProver, PaddingFact
 from adakv_compile.passes.nodes import same_size, skip_no_ops, source_line, static_int
+from adakv_compile.passes.readers import is_returned_in_disguise, readers_of
 from adakv_compile.passes.region import Region
 from adakv_compile.report import Reason, Refusal, SiteReport
 from adakv_compile.runtime.layout import STANDARD

@@ -9,9 +9,9 @@ from torch import fx
 
 from adakv_compile.capture import Program
 from adakv_compile.passes.nodes import arg, shape_of, static_int
-from adakv_compile.passes.region import operands_with
+from adakv_compile.passes.region import TAKE_SIZES, operands_with
 
-__all__ = ["is_positional"]
+__all__ = ["is_kept", "is_positional"]
 
 aten = torch.ops.aten
 
@@ -35,10 +35,10 @@ def is_positional(program: Program, node: fx.Node, dim: int) -> bool:
         return _counts_from_zero(node)
     if node.target is aten.outer.default:
         first, second = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-        return dim == 0 and is_positional(program, first, 0) and _is_kept(program, second)
+        return dim == 0 and is_positional(program, first, 0) and is_kept(program, second)
     if node.target in _LOOKUPS:
         return _is_looked_up(program, node, dim)
-    if node.target is aten.slice.Tensor and _is_kept(program, cast("fx.Node", node.args[0])):
+    if node.target is aten.slice.Tensor and is_kept(program, cast("fx.Node", node.args[0])):
         rank = len(shape_of(node))
         along = cast("int", arg(node, 1, "dim", 0)) % rank
         return along == dim and arg(node, 2, "start", 0) in (0, None) and arg(node, 4, "step", 1) == 1
@@ -47,10 +47,11 @@ def is_positional(program: Program, node: fx.Node, dim: int) -> bool:
         return False
     carriers = {operand for operand, _ in carrying}
     others = [source for source in node.all_input_nodes if source not in carriers]
-    tensors = [source for source in others if isinstance(source.meta.get("val"), torch.Tensor)]
-    return all(is_positional(program, operand, at) for operand, at in carrying) and all(
-        _is_kept(program, source) for source in tensors
+    kept = all(
+        is_kept(program, source) if isinstance(source.meta.get("val"), torch.Tensor) else node.target in TAKE_SIZES
+        for source in others
     )
+    return kept and all(is_positional(program, operand, at) for operand, at in carrying)
 
 
 def _counts_from_zero(node: fx.Node) -> bool:
@@ -62,7 +63,7 @@ def _counts_from_zero(node: fx.Node) -> bool:
 def _is_looked_up(program: Program, node: fx.Node, dim: int) -> bool:
     """Whether a value is ``table[positions]``."""
     table = cast("fx.Node", node.args[0])
-    if not _is_kept(program, table):
+    if not is_kept(program, table):
         return False
     if node.target is aten.embedding.default:
         index, before = cast("fx.Node", node.args[1]), dim
@@ -76,13 +77,18 @@ def _is_looked_up(program: Program, node: fx.Node, dim: int) -> bool:
     return 0 <= before < len(shape_of(index)) and is_positional(program, index, before)
 
 
-def _is_kept(program: Program, node: fx.Node) -> bool:
-    """Whether a value is made from the model's own tensors and from numbers."""
+def is_kept(program: Program, node: fx.Node) -> bool:
+    """Tell whether a value is made from the model's own tensors and from numbers, and so is the same in every call.
+
+    Args:
+        program: The captured graph.
+        node: The value.
+    """
     if node.op == "get_attr" or node in program.kept:
         return True
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     sizes = shape_of(node)
     return all(static_int(size) is not None for size in sizes) and all(
-        _is_kept(program, source) for source in node.all_input_nodes
+        is_kept(program, source) for source in node.all_input_nodes
     )

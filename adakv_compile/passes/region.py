@@ -14,7 +14,7 @@ from adakv_compile.passes.axes import Axes
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.nodes import arg, same_size, shape_of, static_int
 
-__all__ = ["Region", "clone", "find_region", "operands_with"]
+__all__ = ["TAKE_SIZES", "Region", "clone", "find_region", "operands_with"]
 
 aten = torch.ops.aten
 
@@ -56,7 +56,8 @@ _RESHAPES: Final = (
     aten.squeeze.dim,
 )
 _SPLITS: Final = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
-_MAKES: Final = (aten.new_empty.default, aten.new_zeros.default, aten.expand.default, *_RESHAPES[:3])
+TAKE_SIZES: Final = (aten.new_empty.default, aten.new_zeros.default, aten.expand.default, *_RESHAPES[:3])
+"""Operators that are told the sizes of their result."""
 _NORMS: Final = (aten.rms_norm.default, aten.layer_norm.default)
 
 
@@ -129,7 +130,7 @@ def clone(
     made = dict(sources)
     for node, dim in region.nodes.items():
         args = list(fx.map_arg(node.args, lambda source: made.get(source, source)))
-        if node.target in _MAKES and dim is not None:
+        if node.target in TAKE_SIZES and dim is not None:
             args[1] = _sizes(node, cast("Sequence[Any]", args[1]), dim, length)
         made[node] = emit.call(cast("Callable[..., Any]", node.target), *args, **node.kwargs)
     return made
@@ -224,10 +225,16 @@ def _broadcast(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]] | None:
 def _reshaped(node: fx.Node, source: fx.Node, dim: int) -> list[tuple[fx.Node, int]] | None:
     axes = Axes()
     dims = axes.name(shape_of(node), [f"r{i}" for i in range(len(shape_of(node)))])
-    before = axes.regroup(dims, shape_of(source))
-    if before is None or dims[dim] not in axes.resolve(before):
+    regrouped = axes.regroup(dims, shape_of(source))
+    if regrouped is None:
         return None
-    return [(source, axes.resolve(before).index(dims[dim]))]
+    # Axes of size one lie beside others as well as alone.
+    wanted = dims[dim]
+    before = [
+        tuple(axis for axis in group if axis in wanted or static_int(axes.sizes[axis]) != 1)
+        for group in axes.resolve(regrouped)
+    ]
+    return [(source, before.index(wanted))] if before.count(wanted) == 1 else None
 
 
 def _permutation(node: fx.Node, rank: int) -> list[int]:

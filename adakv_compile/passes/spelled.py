@@ -88,7 +88,9 @@ def understand(softmax: fx.Node) -> Meaning:
     gate = None if sink or over != len(dims) - 1 else find_gate(axes, softmax, weighing, dims)
     if gate is not None:
         weighing, logits.sinks = gate
-    scored, scored_dims = read_logits(axes, tensor_of(softmax.args[0]), dims, logits, sink)
+    scored, scored_dims = read_logits(
+        axes, tensor_of(softmax.args[0]), dims, logits, sink, above_all=over == len(dims) - 1
+    )
     product = label(axes, scored)
     if product is None or not axes.identify(product.dims, scored_dims):
         raise NotUnderstoodError("the logits come from a product that is not understood")

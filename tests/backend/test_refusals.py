@@ -83,9 +83,9 @@ class _SharedCache(OneLayer):
         return super().attend(q, k, v) + other.square() @ v.repeat_interleave(2, 1)
 
 
-class _Scaled(OneLayer):
+class _Centred(OneLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(q, k * 2, v)
+        return super().attend(q, k - k.mean(2, keepdim=True), v)
 
 
 class _Swapped(OneLayer):
@@ -131,7 +131,7 @@ class _WrongRepeat(OneLayer):
 STRUCTURES: dict[str, type[OneLayer]] = {
     "two readers": _TwoReaders,
     "an attention beside one that is not understood": _SharedCache,
-    "keys changed after the cache": _Scaled,
+    "keys centred after the cache": _Centred,
     "keys returned for values": _ValuesOnly,
     "keys used as values": _OneTensor,
     "cache returned reversed": _Reversed,

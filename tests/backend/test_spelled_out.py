@@ -50,6 +50,7 @@ MEANT: dict[str, Attend] = {
         nn.functional.dropout((q @ k.mT / 4 + additive(seen)).softmax(-1), 0.5, False) @ v
     ),
     "mask scaled with the logits": lambda q, k, v, seen: weigh((q @ k.mT + additive(seen)) * 0.25, v),
+    "a floor": lambda q, k, v, seen: weigh((q @ k.mT / 4 + additive(seen)).clamp(min=LOWEST), v),
     "a billion for infinity": lambda q, k, v, seen: weigh(q @ k.mT / 4 + additive(seen, -1e9), v),
     "the maximum taken off": lambda q, k, v, seen: weigh(
         (w := q @ k.mT / 4 + additive(seen)) - w.amax(-1, keepdim=True), v
@@ -119,7 +120,26 @@ def test_a_prompt_by_the_operator_without_a_mask() -> None:
 
 
 OTHER: dict[str, Attend] = {
-    "keys scaled after the cache": lambda q, k, v, seen: weigh(q @ (k * 0.25).mT + additive(seen), v),
+    "clamped from above": lambda q, k, v, seen: weigh(torch.clamp(q @ k.mT, LOWEST, 0.5) + additive(seen), v),
+    "the maximum taken off below a cap": lambda q, k, v, seen: weigh(
+        torch.tanh((w := q @ k.mT) - w.amax(-1, keepdim=True)) + additive(seen), v
+    ),
+    "the maximum of another dimension taken off": lambda q, k, v, seen: (
+        (
+            v.mT
+            @ ((w := k @ q.mT / 4 + additive(seen).mT) - w.masked_fill(~seen.mT, -1e4).amax(-1, keepdim=True)).softmax(
+                -2
+            )
+        ).mT
+    ),
+    "keys scaled after they were repeated": lambda q, k, v, seen: weigh(q @ (k * 0.25).mT + additive(seen), v),
+    "keys centred after the cache": lambda q, k, v, seen: weigh(
+        q @ (k - k.mean(2, keepdim=True)).mT / 4 + additive(seen), v
+    ),
+    "keys scaled by how long the text is": lambda q, k, v, seen: weigh(q @ (k / k.shape[2]).mT + additive(seen), v),
+    "keys turned by how far they are from the end": lambda q, k, v, seen: weigh(
+        q @ (k * torch.arange(k.shape[2]).flip(0)[:, None].cos()).mT / 4 + additive(seen), v
+    ),
     "cap that differs from what it divides by, below a mask": lambda q, k, v, seen: weigh(
         torch.tanh((q @ k.mT + additive(seen)) / 8) * 2, v
     ),

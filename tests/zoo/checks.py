@@ -159,9 +159,14 @@ def _owners(trial: Trial) -> list[int | None] | None:
         trial.problems.append(f"(d) the model computes {trial.attentions} attentions, {len(sites)} are in the report")
     trial.problems += [f"(d) attention {i} is dense without a reason" for i, site in enumerate(sites) if _silent(site)]
     owners: list[int | None] = []
+    made = 0
     for site in sites:
-        owners.append(sum(owner is not None for owner in owners) if site.compressed else None)
-    made = sum(owner is not None for owner in owners)
+        if site.action == "share":
+            shared = int(site.cache.removeprefix("that of attention "))
+            owners.append(owners[[other.index for other in sites].index(shared)])
+        else:
+            owners.append(made if site.compressed else None)
+            made += site.compressed
     if made != trial.stores:
         trial.problems.append(f"(d) {made} attentions are called compressed, {trial.stores} caches are")
     return owners if made == trial.stores and len(sites) == trial.attentions else None
