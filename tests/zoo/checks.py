@@ -130,7 +130,8 @@ def small_budget(subject: Subject, padded: bool, method: str = "ada-snapkv", *, 
     if owners is None:
         return trial
     for site, (owner, weights) in enumerate(zip(owners, reader.weights, strict=True)):
-        if owner is not None:
+        # Of the attentions to one cache, the first decides what is kept.
+        if owner is not None and owner not in owners[:site]:
             wrong = wrongly_kept(kept[owner], weights, mask, budget=BUDGET, window=WINDOW, method=method)
             trial.problems += [f"(c) attention {site}, {line}" for line in wrong[:1]]
     if state is None or not steps:

@@ -104,11 +104,12 @@ def _run_alone(tested: Subject) -> bool:
 
 
 def _judge(row: Row, trial: Trial) -> None:
-    row.compressed, row.attentions = trial.stores, max(trial.attentions, len(trial.sites))
+    shared = sum(site.action == "share" for site in trial.sites)
+    row.compressed, row.attentions = trial.stores + shared, max(trial.attentions, len(trial.sites))
     row.reasons = list(dict.fromkeys(_reasons(trial.prompt) + _reasons(trial.steps)))
     serious = {site.refusal.reason for site in trial.sites if site.refusal is not None} - {Reason.NO_CACHE}
     if trial.stores:
-        row.status = "compressed" if trial.stores == row.attentions else "partly compressed"
+        row.status = "compressed" if row.compressed == row.attentions else "partly compressed"
     elif serious or any(graph.refusal is not None for graph in trial.prompt):
         row.status = "refused"
     else:
