@@ -181,21 +181,25 @@ Output = Returned | Made | Grown
 class Assumed:
     """An argument that is a tensor of the model, a causal mask say, whose values the graph was made for.
 
+    Writes through ``.data`` leave no trace and are not noticed.
+
     Args:
         index: Index of the argument.
         tensor: The tensor as it was; it is not kept alive.
     """
 
-    __slots__ = ("_tensor", "_version", "index")
+    __slots__ = ("_address", "_tensor", "_version", "index")
 
     def __init__(self, index: int, tensor: Tensor) -> None:
         self.index = index
         self._tensor = weakref.ref(tensor)
+        self._address = tensor.data_ptr()
         self._version = tensor._version  # pyright: ignore[reportPrivateUsage]
 
     def holds(self, argument: Tensor) -> bool:
         """Tell whether an argument is that tensor, not written to since."""
-        return argument is self._tensor() and argument._version == self._version  # pyright: ignore[reportPrivateUsage]
+        same = argument is self._tensor() and argument.data_ptr() == self._address
+        return same and argument._version == self._version  # pyright: ignore[reportPrivateUsage]
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,8 +141,11 @@ class Axes:
             candidates.append((first, whole // max(1, first)))
         for first, second in candidates:
             if same_size(first * second, whole) and static_int(first) != 1:
-                self.parts[axis] = (self.add(f"{axis}.0", first), self.add(f"{axis}.1", second))
-                return cast("tuple[str, str]", self.parts[axis])
+                pieces = (self.add(f"{axis}.0", first), self.add(f"{axis}.1", second))
+                self.parts[axis] = pieces
+                if axis in self.picked and isinstance(second, int):
+                    self.picked[pieces[0]], self.picked[pieces[1]] = divmod(self.picked[axis], second)
+                return pieces
         return None
 
     def carve(self, dim: Sequence[str], sizes: Sequence[Size]) -> Dims | None:

@@ -169,7 +169,8 @@ EXCEPTIONS: Final[dict[str, dict[str, Any]]] = {
 }
 
 #: Types that take no padding mask, or that compute something else with one.
-NO_PADDING: Final = frozenset({"cpmant"})
+#: git: its prompt hides the padding, but its steps attend to it.
+NO_PADDING: Final = frozenset({"cpmant", "git"})
 
 #: Tokens that a type puts before every prompt by itself.
 PREFIX: Final[dict[str, int]] = {"cpmant": 32}
