@@ -224,11 +224,10 @@ def _decide(
 ) -> list[PlannedSite] | Refusal:
     """Decide for the attentions to one layer's keys and values, the first of which owns them: all of them or none."""
     owner = group[0]
-    ours = {member.site.node for member in group}
-    for member in group:
-        ours |= member.latent.nodes.keys() if member.latent is not None else set()
-        ours |= member.late.region.nodes.keys() if member.late is not None else set()
-    strangers = readers_of(program, (owner.key, owner.value), frozenset(ours))
+    attentions = frozenset(member.site.node for member in group)
+    regions = [region for member in group for region in (member.latent, member.late and member.late.region) if region]
+    computed = frozenset(node for region in regions for node in region.nodes)
+    strangers = readers_of(program, (owner.key, owner.value), attentions, computed)
     if strangers:
         return Refusal(Reason.CACHE_CONSUMER, f"keys or values read by {', '.join(strangers)}")
     if owner.late is not None and len(group) > 1:

@@ -75,7 +75,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def readers_of(program: Program, updates: Iterable[CacheUpdate], ours: frozenset[fx.Node]) -> tuple[str, ...]:
+def readers_of(
+    program: Program,
+    updates: Iterable[CacheUpdate],
+    attentions: frozenset[fx.Node],
+    computed: frozenset[fx.Node] = frozenset(),
+) -> tuple[str, ...]:
     """Name the readers of a layer's cache other than attentions, the caller and size queries.
 
     A compressed cache has no dense form, so in the decode graph such a reader would have nothing to read.
@@ -83,7 +88,8 @@ def readers_of(program: Program, updates: Iterable[CacheUpdate], ours: frozenset
     Args:
         program: The captured graph.
         updates: The layer's keys and values.
-        ours: The attentions that are going to read the compressed form, and what they compute keys and values with.
+        attentions: The attentions that are going to read the compressed form.
+        computed: What their keys and values are computed with from what is cached.
     """
     pending: list[fx.Node] = []
     slots: set[int] = set()
@@ -100,10 +106,15 @@ def readers_of(program: Program, updates: Iterable[CacheUpdate], ours: frozenset
                 if any(value is node and slot not in slots for slot, value in enumerate(program.outputs)):
                     found.append("the caller, in another form")
                 continue
-            if user in known or user in program.superseded or user in ours or user.target is aten.sym_size.int:
+            if user in known or user in program.superseded or user in attentions or user.target is aten.sym_size.int:
                 continue
             known.add(user)
-            if user.target in _TRANSPARENT or user.target in _PARTS or skip_no_ops(user) is not user:
+            if (
+                user in computed
+                or user.target in _TRANSPARENT
+                or user.target in _PARTS
+                or skip_no_ops(user) is not user
+            ):
                 pending.append(user)
             else:
                 found.append(str(user.target))
