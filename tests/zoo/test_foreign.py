@@ -26,7 +26,7 @@ STATUS: dict[str, str] = {
     "sinks": "compressed",
     "packed": "compressed",
     "stacked": "compressed",
-    "late_rotary": "KEY_VALUE_MISMATCH",
+    "late_rotary": "compressed",
     "t5bias": "compressed",
     "differential": "SPELLED_OUT",
     "mha": "NO_CACHE",
@@ -40,8 +40,8 @@ STATUS: dict[str, str] = {
 }
 #: Where padding makes a difference.
 STATUS_PADDED: dict[str, str] = {"capped": "MASK_UNPROVEN"}
-#: What the harness can't look into: a softmax over the queries' side, attention inside one call of PyTorch.
-OPAQUE = {"value_first", "mha", "flex"}
+#: What the harness can't look into: attention inside one call of PyTorch.
+OPAQUE = {"flex"}
 
 PADDED = [name for name, subject in FOREIGN.items() if subject.supports_padding]
 RUNS = [name for name in FOREIGN if STATUS[name] != "fails"]

@@ -24,13 +24,21 @@ from tests.zoo.foreign.parts import (
 )
 from tests.zoo.subject import Subject
 
-__all__ = ["SUBJECT", "Model"]
-
-CAP = 5.0
+__all__ = ["GIVEN", "INSIDE", "Model"]
 
 
 def soft_cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-    return CAP * torch.tanh(score / CAP)
+    # Numbers written here: a global one would be a symbol to Dynamo, and its subgraph for this function takes none.
+    return 5.0 * torch.tanh(score / 5.0)
+
+
+def causal_mask(start: int, end: int) -> BlockMask:
+    """Return which entries the tokens from ``start`` to ``end`` see."""
+
+    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return q_idx + start >= kv_idx
+
+    return create_block_mask(causal, None, None, end - start, end, device="cpu")
 
 
 class Attention(nn.Module):
@@ -54,7 +62,7 @@ class Attention(nn.Module):
 
 
 class Model(nn.Module):
-    """The block mask is made once for all layers of a call."""
+    """The block mask is made once for all layers of a call: by the caller, or inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,14 +72,11 @@ class Model(nn.Module):
         self.mlps = nn.ModuleList([nn.Sequential(nn.RMSNorm(DIM), feed_forward()) for _ in range(LAYERS)])
         self.head = nn.Sequential(nn.RMSNorm(DIM), nn.Linear(DIM, VOCAB, bias=False))
 
-    def forward(self, ids: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+    def forward(self, ids: Tensor, past: Past | None, block_mask: BlockMask | None = None) -> tuple[Tensor, Past]:
         start = 0 if past is None else past[0][0].shape[2]
         end = start + ids.shape[1]
-
-        def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return q_idx + start >= kv_idx
-
-        block_mask = create_block_mask(causal, None, None, end - start, end, device=ids.device)
+        if block_mask is None:
+            block_mask = causal_mask(start, end)
         at = angles(end)[start:].to(ids.device)
         x = self.embed(ids)
         presents: Past = []
@@ -85,12 +90,23 @@ class Model(nn.Module):
         return self.head(x), presents
 
 
-def run(model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
+def run_inside(model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
     assert mask is None
+    return _quietly(model, ids, state)
+
+
+def run_given(model: nn.Module, ids: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
+    assert mask is None
+    start = 0 if state is None else state[0][0].shape[2]
+    return _quietly(model, ids, state, causal_mask(start, start + ids.shape[1]))
+
+
+def _quietly(model: nn.Module, *args: Any) -> tuple[Tensor, Any]:
     with warnings.catch_warnings():
         # That it is slow where it isn't compiled is known.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile", category=UserWarning)
-        return model(ids, state)
+        return model(*args)
 
 
-SUBJECT = Subject("flex", seeded(Model), run, VOCAB)
+GIVEN = Subject("flex", seeded(Model), run_given, VOCAB)
+INSIDE = Subject("flex_inside", seeded(Model), run_inside, VOCAB)
