@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import adakv_compile.kernels as kernels
 from adakv_compile.policy import Policy
-from tests.kernels.cases import ragged_case
+from tests.kernels.cases import Case, ragged_case
 
 SPECS = kernels.SPECS
 POLICY = Policy(budget=12, window=4).encode()
@@ -24,6 +24,15 @@ MASKED = dataclasses.replace(
 SINKS = torch.tensor([0.5, -torch.inf, 2.0, -1.0, 0.0, 1.0])
 CAPPED = dataclasses.replace(MASKED, softcap=2.0, sinks=SINKS)
 LONG = ragged_case([[4, 20, 0], [9, 9, 6]], prefix_length=40, count=5, poison=False)
+
+
+SHARED = ragged_case([[20], [20]], prefix_length=40, poison=False, group=3)
+SHARED_BIASED = dataclasses.replace(SHARED, mask=torch.randn(2, 3, 1, 44, generator=torch.manual_seed(1)))
+
+
+def entries(case: Case) -> tuple[Any, ...]:
+    _, *store = case.arguments()[:10]
+    return (*store, case.mask, case.padding, case.sliding_window)
 
 
 def prefill(policy: str, padded: bool, window: int | None, softcap: float | None = None) -> dict[str, tuple[Any, ...]]:
@@ -66,6 +75,10 @@ SAMPLES = PREFILL_SAMPLES | {
     "attend-plain": ("attend_v1", CASE.attend_arguments()),
     "attend-long": ("attend_v1", LONG.attend_arguments()),
     "attend-capped": ("attend_v1", CAPPED.attend_arguments()),
+    "entries-plain": ("entries_v1", entries(SHARED)),
+    "entries-biased": ("entries_v1", entries(SHARED_BIASED)),
+    "attention-plain": ("attention_v1", (_QUERY, _KEY, _KEY, None, None, True, 0.3, None)),
+    "attention-all": ("attention_v1", (_QUERY, _KEY, _KEY, _BIAS[..., 3:], SINKS, False, 0.3, 2.0)),
     "extend-plain": ("extend_v2", LONG.extend_arguments(Policy.decode(POLICY))),
     "extend-pyramid": ("extend_v2", LONG.extend_arguments(Policy.decode(PYRAMID))),
     "extend-whole": ("extend_v2", LONG.extend_arguments(Policy.decode(POLICY), evict=False)),
@@ -134,6 +147,7 @@ def test_registration_covers_the_dialect() -> None:
         "attention_v1",
         "compact_v1",
         "decode_attention_v2",
+        "entries_v1",
         "extend_v2",
         "observe_v3",
         "prefill_attention_v1",
