@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import fx
@@ -22,6 +23,10 @@ from adakv_compile.report import Reason, Refusal
 __all__ = ["AttentionSite", "Unsupported", "find_attention"]
 
 aten = torch.ops.aten
+
+
+_LOG_SOFTMAXES: Final = (aten.log_softmax.int, aten._log_softmax.default)
+_SUMS: Final = (*PRODUCTS, aten.linear.default, aten.mm.default, aten.mv.default, aten.sum.dim_IntList)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
             found.append(_understand(node))
         elif node.target in SOFTMAXES and node not in program.superseded and _is_weights(node):
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
+        elif node.target in _LOG_SOFTMAXES and _is_weights(node):
+            found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, "by logarithms", source_line(node))))
         elif node.op == "call_function" and _is_named_attention(str(node.target)):
             found.append(Unsupported(node, Refusal(Reason.OPERATOR, str(node.target), source_line(node))))
     return tuple(found)
@@ -168,17 +175,29 @@ def _is_weights(softmax: fx.Node) -> bool:
     pending, seen = list(softmax.users), set(softmax.users)
     while pending:
         user = pending.pop()
-        if user.target in PRODUCTS:
+        if user.target in _SUMS and _sums_columns(user, columns):
             return True
         value = user.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
         # Sinks and other entries that are no keys are cut off.
-        if any(same_size(size, columns) or same_size(size + 1, columns) for size in value.shape[-2:]):
+        if any(same_size(size, columns) or same_size(size + 1, columns) for size in value.shape[-3:]):
             fresh = [other for other in user.users if other not in seen]
             seen.update(fresh)
             pending.extend(fresh)
     return False
+
+
+def _sums_columns(node: fx.Node, columns: int | torch.SymInt) -> bool:
+    """Whether weights over the columns disappear in a product or a sum that has a dimension in their place."""
+    if node.target is not aten.sum.dim_IntList:
+        return True
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims = arg(node, 1, "dim")
+    shape = shape_of(source)
+    summed = [shape[dim] for dim in dims] if isinstance(dims, (list, tuple)) else []
+    return len(shape) > 3 and any(same_size(size, columns) for size in summed)
 
 
 def _understand(node: fx.Node) -> AttentionSite | Unsupported:

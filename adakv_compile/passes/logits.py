@@ -243,9 +243,15 @@ def read_baddbmm(node: fx.Node, dims: Dims, logits: Logits) -> None:
 
 
 def _hidden(value: object, factors: Sequence[Factor]) -> float:
-    """Return what hides an entry, as minus infinity if it is as good as that."""
-    filled = number_of(value)
-    return -math.inf if filled * abs(scale_of(factors)) <= NEGLIGIBLE else filled
+    """Return minus infinity for a number that hides what it is put in the place of.
+
+    Raises:
+        NotUnderstoodError: It is a logit like others.
+    """
+    filled = number_of(value) * scale_of(factors)
+    if not filled <= NEGLIGIBLE:
+        raise NotUnderstoodError(f"logits are filled with {filled:g}")
+    return -math.inf
 
 
 def _fits(inner: fx.Node, node: fx.Node) -> bool:

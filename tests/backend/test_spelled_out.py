@@ -120,6 +120,16 @@ def test_a_prompt_by_the_operator_without_a_mask() -> None:
 
 
 OTHER: dict[str, Attend] = {
+    "filled with an ordinary number": lambda q, k, v, seen: weigh(
+        (q @ k.mT / 4).masked_fill(~seen, -torch.inf).masked_fill(torch.arange(k.shape[2]) % 3 == 0, -1.0), v
+    ),
+    "filled before the sign is turned": lambda q, k, v, seen: weigh(
+        (-1.0 * (q @ k.mT / 4).masked_fill(torch.arange(k.shape[2]) % 3 == 0, -1e9)).masked_fill(~seen, -torch.inf), v
+    ),
+    "weights that are summed by hand": lambda q, k, v, seen: (
+        (q @ k.mT / 4 + additive(seen)).softmax(-1)[..., None] * v[:, :, None]
+    ).sum(-2),
+    "by logarithms": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).log_softmax(-1).exp() @ v,
     "clamped from above": lambda q, k, v, seen: weigh(torch.clamp(q @ k.mT, LOWEST, 0.5) + additive(seen), v),
     "the maximum taken off below a cap": lambda q, k, v, seen: weigh(
         torch.tanh((w := q @ k.mT) - w.amax(-1, keepdim=True)) + additive(seen), v
