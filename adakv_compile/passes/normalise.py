@@ -58,7 +58,7 @@ def why_not_attention(softmax: fx.Node) -> str:
         understand(softmax)
     except NotUnderstoodError as failure:
         return str(failure)
-    return "its result is returned as it is"
+    return "its result is returned as it is, or its sinks differ from query to query"
 
 
 def _only_for(products: Iterable[fx.Node]) -> frozenset[fx.Node]:

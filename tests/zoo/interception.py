@@ -67,7 +67,17 @@ class Interception(TorchFunctionMode):
             if dim in (-2, logits.dim() - 2) and self._is_attention(logits.mT):
                 # Keys by queries.
                 return self._softmax(lambda rows: func(rows.mT, *args[1:], **kwargs).mT, logits.mT).mT
+        summed: Tensor | None = args[0] if name == "logsumexp" and args else None
+        if summed is not None and self._is_attention(summed):
+            # A gate that stands for sinks is computed from the same logits, before their softmax.
+            return func(self._hidden(summed), *args[1:], **kwargs)
         return func(*args, **kwargs)
+
+    def _hidden(self, logits: Tensor) -> Tensor:
+        """Return ``[..., T, L]`` without what is hidden of the next attention."""
+        by_head = logits.reshape(self.batch, -1, *logits.shape[-2:])
+        keep = self._visible(by_head)
+        return logits if keep is None else by_head.masked_fill(~keep, -torch.inf).view_as(logits)
 
     def _operator(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

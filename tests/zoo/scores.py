@@ -34,7 +34,11 @@ def wrongly_kept(
     """
     batch, heads, length = keep.shape
     means = weights[:, :, -window:].mean(2).unflatten(1, (heads, -1)).mean(2)[..., -length:]
-    real = torch.ones(batch, weights.shape[-1]) if mask is None else mask
+    real = torch.ones(batch, weights.shape[-1]) if mask is None else mask.clone()
+    # What the last query can just see, or not any more, no later query sees.
+    left = int(weights[:, :, -1].sum((0, 1)).nonzero()[0])
+    if left > 0:
+        real[:, : left + 1] = 0
     wrong: list[str] = []
     for row in range(batch):
         valid = [[bool(value) for value in real[row, -length:]]] * heads
