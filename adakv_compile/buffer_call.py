@@ -80,7 +80,7 @@ class Consecutive:
 
 @dataclass(frozen=True, slots=True)
 class Shows:
-    """A mask argument ``[B or 1, 1, T, R]`` shows column ``c`` to query ``t`` if ``c <= t + position`` and it is no padding.
+    """A mask argument ``[B or 1, 1, T, R]`` shows column ``c`` to query ``t`` if ``c <= t + position``, padding apart.
 
     Padding is what the last query is not shown. Nothing is asked of queries that are padding.
     """

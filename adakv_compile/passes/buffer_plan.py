@@ -220,25 +220,27 @@ class Buffers:
         where = proof.where or source_line(site.node)
         if proof.biased:
             return Refusal(Reason.MASK_UNPROVEN, f"in front of a buffer: {proof.bias_reason}", where)
-        if proof.kind is MaskKind.UNPROVEN:
+        one_token = static_int(site.query_length) == 1
+        newest = Start(None, (), self._newest(site))
+        full = proof.kind is MaskKind.FULL and one_token
+        if proof.kind is MaskKind.UNPROVEN or (full and not self._numbers.same(position, newest)):
             shown = self._shown(site, position)
+            if shown is None and full:
+                return Refusal(Reason.MASK_NOT_CAUSAL, "it shows slots of the buffer behind the last token", where)
             if shown is None:
                 return Refusal(Reason.MASK_UNPROVEN, proof.reason or "", where)
-            return (
-                MaskProof(MaskKind.CAUSAL, steps=("the mask input is looked at in every call",)),
-                position,
-                [*facts, shown],
-            )
+            looked_at = MaskProof(MaskKind.CAUSAL, steps=("the mask input is looked at in every call",))
+            return looked_at, position, [*facts, shown]
         window = static_int(proof.window)
         if proof.window is not None and window is None:
             return Refusal(Reason.MASK_UNPROVEN, f"the sliding window {proof.window} is not a number", where)
         if window is not None and isinstance(self._options.budget, int) and self._options.budget >= window - 1:
             return Refusal(Reason.WITHIN_WINDOW, f"window {window}, budget {self._options.budget}")
-        offset = proof.offset
-        if proof.kind is MaskKind.FULL and static_int(site.query_length) == 1:
-            offset = self._newest(site)
-        elif proof.kind not in (MaskKind.CAUSAL, MaskKind.SLIDING_WINDOW):
+        if full:
+            return proof, newest, facts
+        if proof.kind not in (MaskKind.CAUSAL, MaskKind.SLIDING_WINDOW):
             return Refusal(Reason.MASK_NOT_CAUSAL, f"the mask is {proof}", where)
+        offset = proof.offset
         start = None if offset is None else self._numbers.start_of(offset, reader.leaves)
         if start is None:
             return Refusal(Reason.MASK_UNPROVEN, "what the first query sees is not known before the call", where)

@@ -13,7 +13,7 @@ from torch import fx
 from adakv_compile.capture import Program
 from adakv_compile.passes.attention import AttentionSite, Operand
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
-from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops, static_int
+from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops
 from adakv_compile.report import Reason, Refusal
 
 __all__ = ["BufferWrite", "find_write"]
@@ -225,9 +225,9 @@ def _entries(node: fx.Node, column: int) -> tuple[fx.Node, fx.Node, fx.Node | in
         return "the new entries are repeated or cast"
     if not all(same_size(a, b) for i, (a, b) in enumerate(zip(wanted, given_shape, strict=True)) if i != column):
         return "the new entries are repeated"
-    if isinstance(index, fx.Node) and isinstance(index.meta["val"], torch.Tensor):
-        if not same_size(shape_of(index)[0], given_shape[column]):
-            return "the new entries are repeated"
+    by_tensor = isinstance(index, fx.Node) and isinstance(index.meta["val"], torch.Tensor)
+    if by_tensor and not same_size(shape_of(cast("fx.Node", index))[0], given_shape[column]):
+        return "the new entries are repeated"
     return old, new, cast("fx.Node | int", index)
 
 

@@ -512,11 +512,14 @@ class _Rewriter:
     def _close(self) -> tuple[Output, ...]:
         """Write back mutated inputs, and return what is left of the outputs and the stores."""
         output = next(iter(self.graph.find_nodes(op="output")))
+        # What was replaced is so here, not in the program.
+        values = cast("tuple[object, ...]", output.args[0])
+        finals = cast("tuple[fx.Node, ...]", values[: len(self.program.mutated)])
         with self.graph.inserting_before(output):
-            for target, value in self.program.mutated:
+            for (target, _), value in zip(self.program.mutated, finals, strict=True):
                 self.graph.call_function(aten.copy_.default, (target, value))
         outputs: list[Output] = []
-        for slot, value in enumerate(self.program.outputs):
+        for slot, value in enumerate(values[len(finals) :]):
             if slot in self.cached:
                 outputs.append(self.cached[slot])
             elif isinstance(value, fx.Node):
