@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from adakv_compile.runtime.compressed import CompressedKV, make_view
 from adakv_compile.runtime.store import LayerStore
 
-__all__ = ["SideStore", "attach", "attached", "forget"]
+__all__ = ["SideStore", "attach", "attached", "beside", "forget"]
 
 _NAME: Final = "_adakv_side_store"
 
@@ -70,6 +71,12 @@ def attached(key: Tensor, value: Tensor) -> SideStore | None:
     """Return what was kept of two buffers, if that is still what they hold."""
     side = getattr(key, _NAME, None)
     return side if isinstance(side, SideStore) and side.belongs_to(key, value) else None
+
+
+def beside(tensor: Tensor) -> CompressedKV | None:
+    """Return a view of what was kept of the buffers of which this is the keys, None if nothing was."""
+    side = getattr(tensor, _NAME, None)
+    return make_view(side.store, "key", side.store.length) if isinstance(side, SideStore) else None
 
 
 def forget(key: Tensor) -> None:
