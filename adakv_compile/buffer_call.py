@@ -218,8 +218,9 @@ def bind_buffers(
         for buffer in buffers:
             key, value = _tensor(buffer.key, args, outputs), _tensor(buffer.value, args, outputs)
             if buffer.first is not None:
+                keys, values, offsets, kept = results[buffer.first : buffer.first + 4]
                 length = numbers.of(buffer.position) + buffer.tokens.value(args)
-                attach(key, value, LayerStore.sealed(*results[buffer.first : buffer.first + 4], length))
+                attach(key, value, LayerStore.sealed(keys, values, offsets, kept, length))
             else:
                 assert buffer.past is not None
                 sides[buffer.past].seal(key, value)

@@ -218,8 +218,8 @@ class Buffers:
         reader = self._prover.reader
         proof = self._prover.prove(site.mask, is_causal=site.is_causal, q_len=site.query_length, kv_len=site.key_length)
         where = proof.where or source_line(site.node)
-        if proof.biased:
-            return Refusal(Reason.MASK_UNPROVEN, f"in front of a buffer: {proof.bias_reason}", where)
+        if proof.bias is not None:
+            return Refusal(Reason.MASK_UNPROVEN, f"in front of a buffer: {proof.bias.reason}", where)
         one_token = static_int(site.query_length) == 1
         newest = Start(None, (), self._newest(site))
         full = proof.kind is MaskKind.FULL and one_token

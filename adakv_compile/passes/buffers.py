@@ -228,7 +228,7 @@ def _entries(node: fx.Node, column: int) -> tuple[fx.Node, fx.Node, fx.Node | in
     by_tensor = isinstance(index, fx.Node) and isinstance(index.meta["val"], torch.Tensor)
     if by_tensor and not same_size(shape_of(cast("fx.Node", index))[0], given_shape[column]):
         return "the new entries are repeated"
-    return old, new, cast("fx.Node | int", index)
+    return old, new, index
 
 
 def _copied(node: fx.Node) -> fx.Node:

@@ -62,7 +62,7 @@ class HostNumbers:
         """Return how a size is computed; ``None`` if it is no sum of inputs."""
         constant, terms = 0, list[tuple[int, int, int | None]]()
         for symbol, factor in self.sizes.expr(size).as_coefficients_dict().items():
-            if not factor.is_Integer:
+            if not sympy.sympify(factor).is_Integer:
                 return None
             if symbol == 1:
                 constant = int(factor)

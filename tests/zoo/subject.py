@@ -82,7 +82,7 @@ def compressed(state: object) -> list[CompressedKV]:
 
 
 def views(state: object) -> Iterator[CompressedKV]:
-    """Yield every ``CompressedKV`` inside ``state`` or beside a buffer in it, depth first, through all that holds it."""
+    """Yield every ``CompressedKV`` inside ``state`` or beside a buffer in it, depth first."""
     seen: dict[int, object] = {}  # holds the objects, so that an id stays theirs
     stack = [state]
     while stack:
