@@ -30,6 +30,7 @@ __all__ = [
     "FakeTensorMode",
     "capture",
     "compile_graph",
+    "compile_when_called",
     "declare_inputs",
     "fake_mode_of_this_compile",
     "fresh_size",
@@ -246,6 +247,20 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], inner: str, patches
 
         return aot_eager(gm, list(inputs))
     return gm.forward
+
+
+def compile_when_called(gm: fx.GraphModule, inner: str, patches: dict[str, Any]) -> Callable[..., Any]:
+    """Return ``gm`` as the inner compiler alone would run it; nothing is compiled before the first call.
+
+    Args:
+        gm: Dynamo's graph; it is only read.
+        inner: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        patches: Inductor's configuration for this graph alone.
+    """
+    if inner == "eager":
+        return gm.forward
+    options = patches if inner == "inductor" else None
+    return torch.compile(gm, backend=inner, options=options or None)
 
 
 def seconds_compiling() -> float:

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor
 
+from adakv_compile.buffer_call import Buffer, bind_buffers
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
 from adakv_compile.runtime.compressed import CompressedKV, Kind, make_view
 from adakv_compile.runtime.layout import STANDARD, Layout
@@ -237,15 +238,17 @@ class Boundary:
 
     Attributes:
         inputs: Where the compiled graph's arguments come from.
-        pasts: The compressed pasts.
+        pasts: The compressed pasts; in a graph with buffers, those of the buffers.
         outputs: What the caller gets.
         assumed: Arguments that must be what they were when the graph was made.
+        buffers: The preallocated buffers that are written to.
     """
 
     inputs: tuple[Input, ...]
     pasts: tuple[Past, ...]
     outputs: tuple[Output, ...]
     assumed: tuple[Assumed | CausalMask, ...] = ()
+    buffers: tuple[Buffer, ...] = ()
 
 
 def bind(
@@ -262,11 +265,24 @@ def bind(
         fallback: The original graph; runs eagerly when an argument is not what the graph was compiled for.
         sizes: What must hold of the stores for the compiled graph.
     """
-    if not boundary.pasts and all(isinstance(output, Returned) for output in boundary.outputs):
+    if not boundary.pasts and not boundary.buffers and all(isinstance(output, Returned) for output in boundary.outputs):
         return compiled
     pasts, assumed = boundary.pasts, boundary.assumed
     getters = [_getter(source) for source in boundary.inputs]
     layouts = _layouts(boundary.outputs)
+    if boundary.buffers:
+
+        def wrapped(results: Sequence[Any]) -> tuple[Any, ...]:
+            return _wrap(boundary, layouts, results, (), ())
+
+        def graph_for(stores: Sequence[LayerStore]) -> Callable[..., Sequence[Any]]:
+            usual = sizes is None or sizes.holds(*(size.of(stores) for size in sizes.sizes))
+            return compiled if usual else cast("Assumption", sizes).otherwise
+
+        def is_as_assumed(args: Sequence[Any]) -> bool:
+            return all(assumption.holds(args[assumption.index]) for assumption in assumed)
+
+        return bind_buffers(boundary.buffers, getters, graph_for, fallback, wrapped, is_as_assumed)
 
     def run(*args: Any) -> Sequence[Any]:
         for assumption in assumed:

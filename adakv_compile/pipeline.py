@@ -147,7 +147,10 @@ def _rewrite_and_compile(
                 holds = _torch.take_guards(program.fake_mode, [size for size, _ in rewritten.unguarded])
         sizes = tuple(source for _, source in rewritten.unguarded)
         assumption = None if holds is None else Assumption(holds, sizes, rewritten.module.forward)
-        return bind(rewritten.boundary, inner, gm.forward, assumption), snapshot, None
+        fallback = gm.forward
+        if rewritten.boundary.buffers:
+            fallback = _torch.compile_when_called(gm, options.inner, _patches(options))
+        return bind(rewritten.boundary, inner, fallback, assumption), snapshot, None
     except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
         return None, "", _failure(Reason.REWRITE, error, options)
 

@@ -89,7 +89,7 @@ class GraphInputs:
             with fake_mode:
                 fake = torch.empty(shapes[name], dtype=dtype, device=like.device)
             parts[name] = self._add(f"layer_{index}_{name}", StorePart(index, name), fake)
-        if isinstance(appends, int) and appends and not self.pasts[index].drops_oldest:
+        if planned.buffer is None and isinstance(appends, int) and appends and not self.pasts[index].drops_oldest:
             self._lengths.append((planned.key.past_length, parts["cursor"]))
         return index, parts
 

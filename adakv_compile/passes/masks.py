@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import sympy
@@ -55,13 +55,24 @@ class MaskProver:
     Args:
         graph: A captured graph; it is only read. ``None`` when no attention has a mask.
         constants: What the model keeps.
+        given: What is known of other inputs; see :class:`~adakv_compile.symbolic.read.Reader`.
     """
 
-    def __init__(self, graph: fx.Graph | None, constants: Constants | None = None) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph | None,
+        constants: Constants | None = None,
+        given: Mapping[fx.Node, Expr] | None = None,
+    ) -> None:
         self._sizes = Sizes() if graph is None else Sizes.of(_sizes_in(graph))
         self._constants = Constants({}) if constants is None else constants
-        self._reader = Reader(self._sizes, VOCABULARY, self._constants.expression)
+        self._reader = Reader(self._sizes, VOCABULARY, self._constants.expression, given)
         self._memo: dict[tuple[fx.Node | None, bool, sympy.Expr, sympy.Expr], MaskProof] = {}
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the values of the graph."""
+        return self._reader
 
     def prove(
         self, node: fx.Node | None, *, is_causal: bool, q_len: int | torch.SymInt, kv_len: int | torch.SymInt

@@ -13,6 +13,7 @@ from torch import fx
 from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
+from adakv_compile.passes.buffer_plan import Buffers, BufferSite, BufferUse
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update
 from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import Implementation, choose_attention, choose_kernels
@@ -84,6 +85,7 @@ class PlannedSite:
         owner: For an attention to another one's keys and values, that one's index.
         latent: How keys and values are computed from what is cached, if they are not cached themselves.
         late: How the keys are computed from what is cached, if that is before their position embedding.
+        buffer: How the layer's preallocated buffers are treated, if that is what its cache is.
     """
 
     index: int
@@ -98,6 +100,7 @@ class PlannedSite:
     owner: int | None = None
     latent: Region | None = None
     late: Late | None = None
+    buffer: BufferUse | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,15 @@ def make_plan(program: Program, options: Options) -> Plan:
     prover = MaskProver(program.module.graph, constants)
     groups: dict[tuple[fx.Node, fx.Node], list[_Candidate]] = {}
     left: list[tuple[int, fx.Node, Refusal]] = []
-    for index, site in enumerate(find_attention(program)):
-        candidate = _candidate(program, index, site)
+    sites = find_attention(program)
+    buffers = Buffers(program, options, [site for site in sites if isinstance(site, AttentionSite)], constants)
+    buffered: list[tuple[int, BufferSite]] = []
+    for index, site in enumerate(sites):
+        understood = buffers.decide(site) if isinstance(site, AttentionSite) else None
+        if isinstance(understood, BufferSite):
+            buffered.append((index, understood))
+            continue
+        candidate = understood or _candidate(program, index, site)
         if isinstance(candidate, Refusal):
             left.append((index, site.node, candidate))
         else:
@@ -178,6 +188,11 @@ def make_plan(program: Program, options: Options) -> Plan:
             left.extend((member.index, member.site.node, decided) for member in group)
         else:
             found.extend(decided)
+    for index, understood in buffered:
+        layer = sum(planned.owner is None for planned in found)
+        found.append(_plan_of_buffer(options, index, understood, layer))
+    if buffered:
+        found.sort(key=lambda planned: planned.index)
     layers = sum(planned.owner is None for planned in found)
     policies = tuple(options.policy(planned.layer, layers).encode() for planned in found)
     return Plan(tuple(found), tuple(sorted(left, key=lambda entry: entry[0])), policies, constants.relied_on)
@@ -266,6 +281,25 @@ def _decide(
             )
         )
     return planned
+
+
+def _plan_of_buffer(options: Options, index: int, found: BufferSite, layer: int) -> PlannedSite:
+    site, proof = found.site, found.proof
+    one_token = static_int(site.query_length) == 1
+    mask = MaskUse(proof, padding=proof.padding, sliding_window=static_int(proof.window))
+    why = "the prompt is attended to where it is kept" if found.use.whole or found.use.mask is not None else None
+    return PlannedSite(
+        index,
+        site,
+        found.key,
+        found.value,
+        mask,
+        Action.DECODE if one_token else Action.COMPRESS,
+        layer,
+        choose_kernels(options, site),
+        None if one_token else choose_attention(options, site, mask.sliding_window, why or _why_masked(mask)),
+        buffer=found.use,
+    )
 
 
 def _action(site: AttentionSite, key: CacheUpdate) -> Action | Refusal:
@@ -365,6 +399,8 @@ def _describe(planned: PlannedSite) -> SiteReport:
     shape = f"{heads}, head dim {site.key_dim}, {site.query_length} of {site.key_length} tokens new"
     if mask.checked is not None:
         text = "comes in from outside; checked at every call to be causal, times padding"
+    elif planned.buffer is not None and planned.buffer.mask is not None:
+        text = "comes in from outside; checked at every call to be causal from the write on, times padding"
     elif mask.lookup is None:
         text = f"proved: {mask.proof}"
     elif mask.bias:
@@ -373,7 +409,9 @@ def _describe(planned: PlannedSite) -> SiteReport:
         text = f"looked up at the kept positions ({mask.proof})"
     past = "compressed" if planned.key.compressed else "no" if planned.key.past is None else "dense"
     cache = f"{past} past, {'newest entries' if planned.key.is_sliding else 'all entries'} returned"
-    if planned.owner is not None:
+    if planned.buffer is not None:
+        cache = str(planned.buffer)
+    elif planned.owner is not None:
         cache = f"that of attention {planned.owner}"
     elif planned.latent is not None:
         cache += ", of which keys and values of all heads are computed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch, kernels
+from adakv_compile.buffer_call import Buffer
 from adakv_compile.call import (
     STORE_TENSORS,
     Assumed,
@@ -26,6 +28,8 @@ from adakv_compile.call import (
 )
 from adakv_compile.capture import Program
 from adakv_compile.passes.axes import Dims
+from adakv_compile.passes.buffer_emit import Turned, padding_of, turn
+from adakv_compile.passes.buffer_plan import BufferUse
 from adakv_compile.passes.cache import CacheUpdate
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.inputs import GraphInputs
@@ -101,6 +105,7 @@ class _Rewriter:
     cached: dict[int, Output] = field(default_factory=dict[int, Output])
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     opened: dict[int, _Opened] = field(default_factory=dict[int, "_Opened"])
+    buffers: list[Buffer] = field(default_factory=list[Buffer])
 
     @property
     def graph(self) -> fx.Graph:
@@ -139,6 +144,7 @@ class _Rewriter:
                     *(Assumed(self.program.inputs.index(node), self.program.kept[node]) for node in self.plan.assumed),
                     *(CausalMask(self.program.inputs.index(node)) for node in self.plan.checked),
                 ),
+                tuple(self.buffers),
             ),
             unguarded=tuple(self.inputs.unguarded),
         )
@@ -163,8 +169,13 @@ class _Rewriter:
                 self._arranged(emit, planned, self._embedded(planned, cache, which), update.dims, which)
                 for cache, (update, which) in zip(caches, _kinds(planned), strict=True)
             )
+            turned = self._turned(planned)
+            if turned is not None:
+                key, value = (turned.select(entries, 2) for entries in (key, value))
             padding = self._padding(planned)
-            if planned.latent is None:
+            if turned is not None:
+                seen = key
+            elif planned.latent is None:
                 whole = self._embedded(planned, self._current(planned.key.whole), "key")
                 seen = self._arranged(emit, planned, whole, planned.key.dims, "key")
             else:
@@ -191,6 +202,12 @@ class _Rewriter:
             positions, offsets = (emit.call(operator.getitem, kept, i) for i in range(2))
             stored = emit.call(self._op(kernels.compact.SPEC, planned), key, value, positions, offsets)
             keys, values = (emit.call(operator.getitem, stored, i) for i in range(2))
+            if turned is not None:
+                positions = turned.positions(positions)
+            if planned.buffer is not None:
+                self._keep_beside(planned.buffer, first=len(self.results))
+                self.results.extend((keys, values, offsets, positions))
+                return
             tokens = self._length(emit, key)
         self._return_made(planned, (keys, values, offsets, positions), tokens, None, "all")
 
@@ -207,6 +224,8 @@ class _Rewriter:
             )
             out = self._in_layout_of(emit, out, site.node)
         site.node.replace_all_uses_with(out)
+        if planned.buffer is not None:
+            self._keep_beside(planned.buffer, past=opened.past)
         self._return_grown(planned, opened.past)
 
     def _read(self, planned: PlannedSite, owner: PlannedSite) -> None:
@@ -411,9 +430,24 @@ class _Rewriter:
             row = emit.call(aten.select.int, planned.mask.checked, 2, -1)
             row = emit.call(aten.select.int, row, 1, 0)
             return row if start is None else emit.call(aten.slice.Tensor, row, 1, start)
-        if fact is None:
+        known = None
+        if fact is not None:
+            known = emit_padding(fact, lambda target, args: emit.call(target, *args), planned.site.key_length, start)
+        elif planned.buffer is not None and planned.buffer.mask is not None:
+            known = padding_of(emit, planned.buffer.mask)
+        if known is None and planned.action is Action.DECODE:
             return None
-        return emit_padding(fact, lambda target, args: emit.call(target, *args), planned.site.key_length, start)
+        turned = self._turned(planned)
+        return known if turned is None else turned.padding(known)
+
+    def _turned(self, planned: PlannedSite) -> Turned | None:
+        """Emit the order in which the slots of a buffer are read, if there are some behind the last token."""
+        if planned.buffer is None or not planned.buffer.whole:
+            return None
+        return turn(self._emit(planned), planned.buffer, planned.site.key_length)
+
+    def _keep_beside(self, use: BufferUse, *, past: int | None = None, first: int | None = None) -> None:
+        self.buffers.append(dataclasses.replace(use.call, past=past, first=first))
 
     def _columns(self, planned: PlannedSite) -> fx.Node | None:
         """Emit the padding of all columns; a sliding cache without one still needs its columns told apart."""
@@ -478,11 +512,14 @@ class _Rewriter:
     def _close(self) -> tuple[Output, ...]:
         """Write back mutated inputs, and return what is left of the outputs and the stores."""
         output = next(iter(self.graph.find_nodes(op="output")))
+        # What was replaced is so here, not in the program.
+        values = cast("tuple[object, ...]", output.args[0])
+        finals = cast("tuple[fx.Node, ...]", values[: len(self.program.mutated)])
         with self.graph.inserting_before(output):
-            for target, value in self.program.mutated:
+            for (target, _), value in zip(self.program.mutated, finals, strict=True):
                 self.graph.call_function(aten.copy_.default, (target, value))
         outputs: list[Output] = []
-        for slot, value in enumerate(self.program.outputs):
+        for slot, value in enumerate(values[len(finals) :]):
             if slot in self.cached:
                 outputs.append(self.cached[slot])
             elif isinstance(value, fx.Node):

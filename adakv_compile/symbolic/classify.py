@@ -265,9 +265,15 @@ def _alternatives(part: Expr, operands: Sequence[Expr], geometry: Geometry, fact
     if not prefixes:
         facts.upper.extend(() if offset is None else (offset,))
         return
-    prefix = _extreme(part, prefixes, geometry.sizes, largest=True)
+    sizes = geometry.sizes
+    prefix = _extreme(part, prefixes, sizes, largest=True)
     if not isinstance(prefix, Size):
         raise NotProvedError(f"the prefix is read from a tensor: {show(part)}", part)
+    if isinstance(offset, Size) and sizes.at_most(prefix.value - 1, offset.value):
+        # The first query sees the prefix anyway, and so does every later one.
+        facts.upper.append(offset)
+        facts.steps.append(f"{show(part)}  is causal with offset {show(offset)}")
+        return
     facts.prefixes.append((prefix.value, offset))
     facts.steps.append(f"{show(part)}  shows a prefix to everyone")
 

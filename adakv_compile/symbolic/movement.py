@@ -15,6 +15,7 @@ from adakv_compile.symbolic.expr import (
     Expr,
     Float,
     Iota,
+    Load,
     Size,
     Where,
     add,
@@ -221,6 +222,8 @@ def _is_never_negative(reader: Reader, expr: Expr, shape: Sequence[int | torch.S
     """Tell whether a position is provably at least zero everywhere in a tensor of a shape."""
     terms, lowest = linear(expr)
     for term, factor in terms.items():
+        if isinstance(term, Load) and reader.leaves[term.leaf].node in reader.given and factor == 1:
+            continue  # a position of which somebody makes sure
         if not isinstance(term, Iota) or term.axis >= len(shape):
             return False
         if reader.sizes.at_most(0, factor):

@@ -69,6 +69,7 @@ class Reader:
         sizes: What is known about symbolic sizes.
         handlers: The vocabulary: one handler for each operator.
         known: What is known of an input's values.
+        given: Likewise, of inputs that hold positions: none is negative, of which somebody makes sure at every call.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class Reader:
         sizes: Sizes,
         handlers: Mapping[object, Handler],
         known: Callable[[fx.Node], Expr | None] = lambda _: None,
+        given: Mapping[fx.Node, Expr] | None = None,
     ) -> None:
         self.sizes = sizes
+        self.given = given or {}
         self.simplify = Simplifier()
         self.leaves: dict[str, Leaf] = {}
         self._handlers = handlers
@@ -153,8 +156,11 @@ class Reader:
     def _understand(self, node: fx.Node) -> Expr:
         kind = kind_of_dtype(node.meta["val"].dtype)
         if node.op == "placeholder":
+            leaf = self.leaf(node, "an input of the graph")
+            if node in self.given:
+                return self.given[node]
             expr = self._known(node)
-            return self.leaf(node, "an input of the graph") if expr is None else expr
+            return leaf if expr is None else expr
         handler = self._handlers.get(node.target if node.op != "get_attr" else "get_attr")
         if handler is None or kind is None:
             return self.leaf(node, f"computed by {node.target}")

@@ -35,6 +35,7 @@ from adakv_compile.symbolic.expr import (
     kind_of,
     scale,
 )
+from adakv_compile.symbolic.joining import JOINING
 from adakv_compile.symbolic.movement import MOVEMENT
 from adakv_compile.symbolic.read import Handler, Reader, kind_of_dtype
 
@@ -301,6 +302,7 @@ _OPERATORS: Final[Mapping[Handler, tuple[object, ...]]] = {
     _absolute: (aten.abs.default,),
     _convert: (
         aten._to_copy.default,
+        aten.type_as.default,
         aten.alias.default,
         aten.clone.default,
         aten.contiguous.default,
@@ -323,5 +325,6 @@ _OPERATORS: Final[Mapping[Handler, tuple[object, ...]]] = {
 VOCABULARY: Final[Mapping[object, Handler]] = {
     **{target: handler for handler, targets in _OPERATORS.items() for target in targets},
     **MOVEMENT,
+    **JOINING,
 }
 """What the reader understands, by operator; everything else is an unknown tensor."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adakv_compile import CompressedKV
+from adakv_compile.runtime.side import beside
 
 __all__ = ["Run", "Subject", "compressed", "greedy", "grown", "views"]
 
@@ -81,7 +82,7 @@ def compressed(state: object) -> list[CompressedKV]:
 
 
 def views(state: object) -> Iterator[CompressedKV]:
-    """Yield every ``CompressedKV`` inside ``state``: containers, attributes, modules and their buffers, depth first."""
+    """Yield every ``CompressedKV`` inside ``state`` or beside a buffer in it, depth first."""
     seen: dict[int, object] = {}  # holds the objects, so that an id stays theirs
     stack = [state]
     while stack:
@@ -91,6 +92,8 @@ def views(state: object) -> Iterator[CompressedKV]:
         seen[id(item)] = item
         if isinstance(item, CompressedKV):
             yield item
+        elif isinstance(item, Tensor) and (kept := beside(item)) is not None:
+            yield kept
         elif not isinstance(item, Tensor):
             stack.extend(reversed(_parts(item)))
 
