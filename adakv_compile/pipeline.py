@@ -14,12 +14,14 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
-from adakv_compile.call import Assumption, bind
+from adakv_compile.assumptions import Assumption
+from adakv_compile.call import bind
 from adakv_compile.capture import CaptureError, Program, capture
 from adakv_compile.errors import CompilationRefusedError
 from adakv_compile.options import Options
 from adakv_compile.passes.normalise import normalise
-from adakv_compile.passes.plan import Plan, make_plan
+from adakv_compile.passes.plan import make_plan
+from adakv_compile.passes.planned import Plan
 from adakv_compile.passes.replay import makes_cache, origins, static_inputs, why_not_replayed
 from adakv_compile.passes.rewrite import Rewritten, rewrite
 from adakv_compile.printer import print_graph

@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
-from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart, StoreSize
+from adakv_compile.assumptions import StoreSize
+from adakv_compile.call import STORE_TENSORS, Dimension, Input, Passed, Past, StorePart
 from adakv_compile.capture import Program
 from adakv_compile.kernels.decode_attention import CURSOR_SIZE
 from adakv_compile.passes.nodes import same_size
-from adakv_compile.passes.plan import Action, PlannedSite
+from adakv_compile.passes.planned import Action, PlannedSite
 
 __all__ = ["GraphInputs"]
 

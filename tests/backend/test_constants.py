@@ -104,6 +104,7 @@ def _write_data(model: Kept, other: Tensor) -> None:
 
 CHANGES: dict[str, Callable[[Kept, Tensor], object]] = {
     "written to": lambda model, other: model.bias.copy_(other),
+    "its data replaced": _set_data,
     "partly written to": lambda model, other: model.bias[:, 3].fill_(False),
     "written to through a view": lambda model, other: model.bias.view(-1)[1].logical_not_(),
     "replaced": _assign,
@@ -112,7 +113,6 @@ CHANGES: dict[str, Callable[[Kept, Tensor], object]] = {
     "loaded by assignment": lambda model, other: _load(model, other, assign=True),
 }
 BEHIND_ITS_BACK: dict[str, Callable[[Kept, Tensor], object]] = {
-    "its data replaced": _set_data,
     "its data written to": _write_data,
 }
 
