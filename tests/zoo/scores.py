@@ -33,6 +33,8 @@ def wrongly_kept(
         method: ``"ada-snapkv"`` or ``"snapkv"``.
     """
     batch, heads, length = keep.shape
+    # A preallocated cache has room behind the last query's own key, which no query sees.
+    weights = weights[..., : int(weights[:, :, -1].sum((0, 1)).nonzero()[-1]) + 1]
     means = weights[:, :, -window:].mean(2).unflatten(1, (heads, -1)).mean(2)[..., -length:]
     real = torch.ones(batch, weights.shape[-1]) if mask is None else mask.clone()
     # What the last query can just see, or not any more, no later query sees.
