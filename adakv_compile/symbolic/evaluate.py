@@ -102,7 +102,9 @@ def evaluate(
             case Where(condition, yes, no):
                 return torch.where(value(condition), value(yes), value(no))
             case Load(leaf, index, _):
-                return leaves[leaf][tuple(value(i) for i in index)]
+                # A branch that is not chosen may point outside of the tensor.
+                sizes = leaves[leaf].shape
+                return leaves[leaf][tuple(value(i).clamp(0, n - 1) for i, n in zip(index, sizes, strict=True))]
 
     return value(expr)
 

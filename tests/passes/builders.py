@@ -90,7 +90,7 @@ def chunks(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
 
 
 def prefix(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
-    return causal(x, k, p) | (columns(k) < 2)
+    return causal(x, k, p) | (columns(k) < k.shape[1] - 1)
 
 
 def padded(x: Tensor, k: Tensor, p: Tensor, predicate: Tensor) -> Tensor:

@@ -188,7 +188,9 @@ REFUSED: dict[str, MaskFunction] = {
         alibi(x, k) + torch.where(columns(k) <= rows(x, k) + 1, 0.0, LOWEST)
     ),
     "alibi, the past hidden": lambda x, k, p: alibi(x, k) + torch.where(columns(k) >= rows(x, k), 0.0, LOWEST),
-    "alibi, a prefix": lambda x, k, p: alibi(x, k) + torch.where(causal(x, k, p) | (columns(k) < 2), 0.0, LOWEST),
+    "alibi, a prefix": lambda x, k, p: (
+        alibi(x, k) + torch.where(causal(x, k, p) | (columns(k) < k.shape[1] - 1), 0.0, LOWEST)
+    ),
     "alibi for keys where a row differs": lambda x, k, p: torch.where(
         causal(x, k, p) | (p.sum() > 3), alibi(x, k), LOWEST
     ),

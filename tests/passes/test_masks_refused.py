@@ -103,12 +103,12 @@ CASES: dict[str, Refused] = {
     "padding-of-the-next-row": Refused(
         lambda x, k, p: causal(x, k, p) & torch.cat([p, p]).bool()[each_batch(p) + 1, columns(k)],
         UNPROVEN,
-        "row of the batch",
+        "comparison of one element",
     ),
     "padding-of-a-larger-batch": Refused(
         lambda x, k, p: causal(x, k, p) & torch.cat([p, p]).bool()[each_batch(p), columns(k)],
         UNPROVEN,
-        "row of the batch",
+        "comparison of one element",
     ),
     "padding-transposed": Refused(
         lambda x, k, p: causal(x, k, p) & p.bool()[:, :2].t()[each_batch(p), columns(k) * 0],
@@ -118,7 +118,7 @@ CASES: dict[str, Refused] = {
     "padding-by-a-stride": Refused(
         lambda x, k, p: causal(x, k, p) & torch.cat([p, p], 1).bool()[each_batch(p), columns(k) * 2],
         UNPROVEN,
-        "key's column",
+        "reads",
     ),
     "padding-backwards": Refused(
         lambda x, k, p: causal(x, k, p) & p.bool()[each_batch(p), KEYS - 1 - columns(k)], UNPROVEN, "key's column"
