@@ -59,7 +59,10 @@ def make_plan(program: Program, options: Options) -> Plan:
         if isinstance(understood, BufferSite):
             buffered.append((index, understood))
             continue
-        candidate = understood or _candidate(program, index, site)
+        candidate = _candidate(program, index, site)
+        if isinstance(candidate, Refusal) and understood is not None:
+            # Keys put together in a tensor of their own look like a buffer, too: its reason counts only here.
+            candidate = understood
         if isinstance(candidate, Refusal):
             left.append((index, site.node, candidate))
         else:
