@@ -86,6 +86,13 @@ _SINGLE_PRECISION: Final = {
     128: Config(Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     256: Config(Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
 }
+# A mask of numbers that is looked up is what the assembler would spill a few bytes for.
+_SINGLE_PRECISION_MASKED: Final = {
+    32: _SINGLE_PRECISION[32],
+    64: _SINGLE_PRECISION[64],
+    128: Config(Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
+    256: _SINGLE_PRECISION[256],
+}
 # A mask that is looked up takes registers and shared memory of its own; the same for all devices.
 _MASKED: Final = {
     32: Config(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 4, 2)),
@@ -110,7 +117,7 @@ def config_of(target: Target, itemsize: int, head_dim: int, *, masked: bool) -> 
         return _INTERPRETED
     width = max(32, block_of(head_dim))
     if itemsize > 2:
-        return _SINGLE_PRECISION[width]
+        return (_SINGLE_PRECISION_MASKED if masked else _SINGLE_PRECISION)[width]
     if masked:
         return _MASKED[width]
     return _BY_CAPABILITY.get(target.capability, _CONSUMER)[width]
