@@ -12,7 +12,7 @@ Meta = tuple[tuple[str, int | float | str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A context, a question about it, and the answers that count as right.
+    r"""A context, a question about it, and the answers that count as right.
 
     Attributes:
         task: Data set or task, as ``"qasper"``, ``"niah_single_1"`` or ``"needle"``.
@@ -27,7 +27,7 @@ class Sample:
         chat: Whether the model's chat template applies, where it has one.
         meta: Length, depth and whatever else a plot needs.
         joined: The prompt of the question-aware protocol where it isn't context + question; else ``""``.
-        stop: The answer ends at the first of these texts, ``"\\n"`` for one line; may be empty.
+        stop: The answer ends at the first of these texts, ``"\n"`` for one line; may be empty.
     """
 
     task: str
