@@ -35,7 +35,7 @@ from adakv_compile.symbolic.refuse import NotProvedError
 from adakv_compile.symbolic.sizes import Sizes
 from adakv_compile.symbolic.vocabulary import VOCABULARY
 
-__all__ = ["MaskKind", "MaskProof", "MaskProver", "PaddingFact", "prove_mask"]
+__all__ = ["NEGLIGIBLE", "MaskKind", "MaskProof", "MaskProver", "PaddingFact", "prove_mask"]
 
 aten = torch.ops.aten
 

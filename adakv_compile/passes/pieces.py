@@ -27,6 +27,7 @@ from adakv_compile.passes.buffer_plan import BufferUse
 from adakv_compile.passes.cache import CacheUpdate
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.inputs import GraphInputs
+from adakv_compile.passes.masks import NEGLIGIBLE
 from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.planned import Action, Plan, PlannedSite
@@ -126,8 +127,12 @@ class Pieces:
 
     def lookup(self, planned: PlannedSite) -> fx.Node | None:
         """Return the mask that is looked up as ``[B or 1, 1 or Hq, T or 1, L]``."""
-        mask, emit = planned.mask.lookup, self.emit(planned)
-        while mask is not None and len(shape_of(mask)) < 4:
+        mask = planned.mask.lookup
+        return None if mask is None else self.widened(self.emit(planned), mask)
+
+    def widened(self, emit: Emitter, mask: fx.Node) -> fx.Node:
+        """Return a mask with all four dimensions."""
+        while len(shape_of(mask)) < 4:
             mask = emit.call(aten.unsqueeze.default, mask, 0)
         return mask
 
@@ -170,10 +175,11 @@ class Pieces:
     def padding(self, planned: PlannedSite, start: int | fx.Node | None = None) -> fx.Node | None:
         """Emit the padding of all columns, or of those from ``start`` on, if there is any."""
         fact, emit = planned.mask.padding, self.emit(planned)
-        if planned.mask.checked is not None:
-            # What the last token sees.
-            row = emit.call(aten.select.int, planned.mask.checked, 2, -1)
+        if planned.mask.visible is not None:
+            row = emit.call(aten.select.int, self.widened(emit, planned.mask.visible), 2, -1)
             row = emit.call(aten.select.int, row, 1, 0)
+            if planned.mask.proof.additive:
+                row = emit.call(aten.gt.Scalar, row, NEGLIGIBLE)
             return row if start is None else emit.call(aten.slice.Tensor, row, 1, start)
         known = None
         if fact is not None:

@@ -172,7 +172,8 @@ def _decide(
 def _plan_of_buffer(options: Options, index: int, found: BufferSite, layer: int) -> PlannedSite:
     site, proof = found.site, found.proof
     one_token = static_int(site.query_length) == 1
-    mask = MaskUse(proof, padding=proof.padding, sliding_window=static_int(proof.window))
+    window = static_int(proof.window)
+    mask = MaskUse(proof, padding=proof.padding, sliding_window=window, reach=window)
     why = "the prompt is attended to where it is kept" if found.use.whole or found.use.mask is not None else None
     return PlannedSite(
         index,
@@ -224,23 +225,31 @@ def _refuse_mask(site: AttentionSite, proof: MaskProof) -> Refusal:
 
 
 def _mask_of_prefill(site: AttentionSite, update: CacheUpdate, proof: MaskProof, options: Options) -> MaskUse | Refusal:
-    if not proof.is_self_causal(site.query_length, site.key_length):
+    in_chunks = proof.is_causal_in_chunks(site.query_length, site.key_length)
+    if not in_chunks and not proof.is_self_causal(site.query_length, site.key_length):
         outside = _from_outside(site)
         if outside is None or update.is_sliding:
             return _refuse_mask(site, proof)
-        return MaskUse(proof, checked=outside)
+        return MaskUse(proof, visible=outside, checked=outside)
     window = static_int(proof.window)
     if proof.window is not None and window is None:
         return Refusal(Reason.MASK_UNPROVEN, f"the sliding window {proof.window} is not a number")
-    if update.is_sliding and window is None:
-        return Refusal(Reason.CACHE_FORM, "old entries are dropped although the mask still shows them")
-    if window is not None and isinstance(options.budget, int) and options.budget >= window - 1:
-        return Refusal(Reason.WITHIN_WINDOW, f"window {window}, budget {options.budget}")
+    reach = proof.chunk if in_chunks else window
+    if update.is_sliding and reach is None:
+        # The mask may show more than the caller keeps: what was dropped can't be seen again.
+        held = static_int(update.cached_length)
+        if held is None:
+            return Refusal(Reason.CACHE_FORM, f"old entries are dropped down to a number not known, {update.cached}")
+        reach = held + 1
+    if reach is not None and isinstance(options.budget, int) and options.budget >= reach - 1:
+        return Refusal(Reason.WITHIN_WINDOW, f"window {reach}, budget {options.budget}")
     return MaskUse(
         proof,
-        lookup=site.mask if proof.biased else None,
+        lookup=site.mask if proof.biased or in_chunks else None,
         padding=proof.padding,
         sliding_window=window,
+        reach=reach,
+        visible=site.mask if in_chunks else None,
         bias=proof.biased,
     )
 
@@ -276,4 +285,6 @@ def _why_masked(mask: MaskUse) -> str | None:
         return "the mask comes in from outside"
     if mask.bias:
         return "numbers are added to the logits"
+    if mask.lookup is not None:
+        return "queries see their own chunk alone"
     return None if mask.padding is None else "the batch is padded, which takes the model's own mask"

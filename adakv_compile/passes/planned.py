@@ -42,9 +42,14 @@ class MaskUse:
 
     Attributes:
         proof: What the mask was proved to mean.
-        lookup: The mask itself, read at the positions of the kept entries, when it is not proved causal.
+        lookup: The mask itself, read at the positions of the kept entries, when it is not proved causal. A prompt
+            has one where every query sees itself and what came before only in part.
         padding: Which entries are padding, when the proved mask says so.
         sliding_window: Window of a proved sliding mask, in tokens.
+        reach: How many keys, its own included, any later query is shown at most, in tokens: by a sliding window, by
+            chunks, or because the caller's own cache drops older ones.
+        visible: A prompt's mask whose last row tells all that later queries can see: nothing that is hidden there is
+            shown again.
         columns: Whether entries that a sliding cache has dropped must be told apart by their column.
         bias: Whether the proved mask also adds numbers, which the scores need: ``lookup`` is the mask then, too.
         checked: The mask, a prompt's, of which nothing can be proved because it comes in from outside: its values are
@@ -55,9 +60,16 @@ class MaskUse:
     lookup: fx.Node | None = None
     padding: PaddingFact | None = None
     sliding_window: int | None = None
+    reach: int | None = None
+    visible: fx.Node | None = None
     columns: bool = False
     bias: bool = False
     checked: fx.Node | None = None
+
+    @property
+    def covers_padding(self) -> bool:
+        """Whether the mask that is looked up hides padding as well."""
+        return self.lookup is not None and not self.bias
 
 
 @dataclass(frozen=True)

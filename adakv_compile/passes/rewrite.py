@@ -145,7 +145,7 @@ class _Rewriter(Pieces):
                 seen = cast("fx.Node", site.node.args[1])
             scores = emit.call(
                 self.op(kernels.observe.SPEC, planned),
-                *(site.query, seen, self.lookup(planned), padding, lse, site.sinks),
+                *(site.query, seen, self.lookup(planned), None if mask.covers_padding else padding, lse, site.sinks),
                 *(site.scale, mask.sliding_window, site.softcap, policy),
             )
             if planned.latent is not None:
@@ -160,7 +160,7 @@ class _Rewriter(Pieces):
                 padding = self.padding(planned, start)
             kept = emit.call(
                 self.op(kernels.select.SPEC, planned),
-                *(scores, padding, mask.sliding_window, policy),
+                *(scores, padding, mask.reach, policy),
             )
             positions, offsets = (emit.call(operator.getitem, kept, i) for i in range(2))
             stored = emit.call(self.op(kernels.compact.SPEC, planned), key, value, positions, offsets)

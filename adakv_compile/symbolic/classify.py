@@ -70,10 +70,13 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
-    """``(c + shift) // length`` equals ``(t + query_shift) // length``, or for a single query the number ``index``."""
+    """``(c + shift) // length`` equals ``(t + query_shift) // length``, or for a single query the number ``index``.
+
+    Both shifts may differ between the rows of a batch: chunks are counted from a row's first token behind its padding.
+    """
 
     length: int
-    shift: sympy.Expr
+    shift: Expr
     query_shift: Expr | None
     index: int | None
 
@@ -170,12 +173,13 @@ class _Band:
     rest: Expr
 
 
-def _band(part: Expr, difference: Expr) -> _Band:
+def _band(part: Expr, difference: Expr, *, free: tuple[int, ...] = ()) -> _Band:
+    """Split a difference; its rest may depend on the axes ``free``."""
     terms, constant = linear(difference)
     key, query = (terms.pop(Iota(axis), sympy.Integer(0)) for axis in (KEY, QUERY))
     rest = total(terms.items(), constant)
     for axis in (KEY, QUERY, BATCH):
-        if axis in axes_of(rest):
+        if axis not in free and axis in axes_of(rest):
             raise NotProvedError(_unknown(part), part)
     return _Band(key, query, rest)
 
@@ -233,15 +237,15 @@ def _equality(part: Expr, difference: Expr, geometry: Geometry, facts: _Facts) -
             query, index = None, int(-sign * constant)  # pyright: ignore[reportArgumentType]
         case _:
             raise NotProvedError(_unknown(part), part)
-    columns = _band(part, key.numerator)
-    if columns.key != 1 or columns.query != 0 or not isinstance(columns.rest, Size):
+    columns = _band(part, key.numerator, free=(BATCH,))
+    if columns.key != 1 or columns.query != 0:
         raise NotProvedError(_unknown(part), part)
-    rows = None if query is None else _band(part, query.numerator)
+    rows = None if query is None else _band(part, query.numerator, free=(BATCH,))
     if rows is not None and (rows.key != 0 or (rows.query != 1 and not geometry.has_one_query)):
         raise NotProvedError(_unknown(part), part)
     if query is not None and query.divisor != key.divisor:
         raise NotProvedError(_unknown(part), part)
-    facts.chunks.append(_Chunks(key.divisor, columns.rest.value, None if rows is None else rows.rest, index))
+    facts.chunks.append(_Chunks(key.divisor, columns.rest, None if rows is None else rows.rest, index))
     facts.steps.append(f"{show(part)}  keeps to chunks of {key.divisor}")
 
 
@@ -326,7 +330,7 @@ def _chunked(facts: _Facts, upper: Expr, geometry: Geometry, predicate: Expr) ->
     if len(facts.chunks) > 1 or facts.lower:
         raise NotProvedError("chunks together with another bound", predicate)
     chunks = facts.chunks[0]
-    first = add(upper, Size(chunks.shift))
+    first = add(upper, chunks.shift)
     if chunks.query_shift is None:
         position = first.value if isinstance(first, Size) else sympy.nan
         aligned = position.is_Integer and int(position) // chunks.length == chunks.index  # pyright: ignore[reportArgumentType]
@@ -335,7 +339,7 @@ def _chunked(facts: _Facts, upper: Expr, geometry: Geometry, predicate: Expr) ->
         aligned = isinstance(difference, Size) and geometry.sizes.equal(difference.value, 0)
     if not aligned:
         raise NotProvedError("chunks are counted from different positions for queries and keys", predicate)
-    return MaskProof(MaskKind.CHUNKED, offset=_plain(upper), chunk=chunks.length, chunk_shift=chunks.shift)
+    return MaskProof(MaskKind.CHUNKED, offset=_plain(upper), chunk=chunks.length, chunk_shift=_plain(chunks.shift))
 
 
 def _plain(offset: Expr) -> Offset:

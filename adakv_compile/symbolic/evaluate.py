@@ -131,7 +131,7 @@ def evaluate_proof(
     column = torch.arange(keys)
     row = torch.arange(queries)[:, None]
     visible = torch.ones(batch, 1, queries, keys, dtype=torch.bool)
-    limit = row if proof.offset is None else row + _offset_value(proof.offset, leaves, symbols)
+    limit = row + _offset_value(proof.offset, (), leaves, symbols)
     match proof.kind:
         case MaskKind.FULL:
             pass
@@ -140,7 +140,8 @@ def evaluate_proof(
         case MaskKind.SLIDING_WINDOW:
             visible = visible & (column <= limit) & (column > limit - size_value(proof.window or 0, symbols))
         case MaskKind.CHUNKED:
-            chunk, shift = proof.chunk or 1, size_value(proof.chunk_shift or 0, symbols)
+            chunk = proof.chunk or 1
+            shift = _offset_value(proof.chunk_shift, (batch, 1, queries, keys), leaves, symbols)
             visible = visible & (column <= limit) & ((column + shift) // chunk == (limit + shift) // chunk)
         case MaskKind.PREFIX:
             seen = column < size_value(proof.prefix or 0, symbols)
@@ -152,8 +153,12 @@ def evaluate_proof(
     return visible
 
 
-def _offset_value(offset: Offset, leaves: Mapping[str, torch.Tensor], symbols: Mapping[str, int]) -> torch.Tensor | int:
-    return size_value(offset, symbols) if isinstance(offset, sympy.Expr) else evaluate(offset, (), leaves, symbols)
+def _offset_value(
+    offset: Offset | None, shape: Sequence[int], leaves: Mapping[str, torch.Tensor], symbols: Mapping[str, int]
+) -> torch.Tensor | int:
+    if offset is None or isinstance(offset, sympy.Expr):
+        return size_value(offset or 0, symbols)
+    return evaluate(offset, shape, leaves, symbols)
 
 
 def _padding_value(

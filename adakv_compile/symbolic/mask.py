@@ -78,7 +78,7 @@ class MaskProof:
         offset: See :class:`MaskKind`. Not ``None`` for ``CAUSAL``, ``SLIDING_WINDOW`` and ``CHUNKED``.
         window: Keys that a query sees in a sliding window, itself included.
         chunk: Length of a chunk.
-        chunk_shift: Distance of column zero from the start of its chunk.
+        chunk_shift: Distance of column zero from the start of its chunk; may differ between the rows of a batch.
         prefix: Columns that every query sees.
         padding: What hides padding, and-ed to the rest.
         additive: Whether the mask is added to the logits, instead of being boolean.
@@ -99,7 +99,7 @@ class MaskProof:
     offset: Offset | None = None
     window: int | sympy.Expr | None = None
     chunk: int | None = None
-    chunk_shift: sympy.Expr | None = None
+    chunk_shift: Offset | None = None
     prefix: sympy.Expr | None = None
     padding: PaddingFact | None = None
     additive: bool = False
@@ -130,10 +130,15 @@ class MaskProof:
         """
         if self.kind is MaskKind.FULL:
             return isinstance(q_len, int) and q_len == 1
-        if self.kind not in (MaskKind.CAUSAL, MaskKind.SLIDING_WINDOW) or not isinstance(self.offset, sympy.Expr):
-            return False
+        return self.kind in (MaskKind.CAUSAL, MaskKind.SLIDING_WINDOW) and self._ends_at_newest(q_len, kv_len)
+
+    def is_causal_in_chunks(self, q_len: int | torch.SymInt, kv_len: int | torch.SymInt) -> bool:
+        """Tell whether every query provably sees itself and what came before in its chunk, up to padding."""
+        return self.kind is MaskKind.CHUNKED and self._ends_at_newest(q_len, kv_len)
+
+    def _ends_at_newest(self, q_len: int | torch.SymInt, kv_len: int | torch.SymInt) -> bool:
         newest = self.sizes.expr(kv_len) - self.sizes.expr(q_len)
-        return self.sizes.equal(self.offset, newest)
+        return isinstance(self.offset, sympy.Expr) and self.sizes.equal(self.offset, newest)
 
     def why_not_self_causal(self, q_len: int | torch.SymInt, kv_len: int | torch.SymInt) -> str | None:
         """Say why :meth:`is_self_causal` is false, or return ``None`` when it is true."""

@@ -16,6 +16,7 @@ __all__ = [
     "llama",
     "old_llama",
     "padded",
+    "padded_chunks",
     "prefix",
     "rows",
     "tril_slice",
@@ -87,6 +88,12 @@ def with_window(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
 
 def chunks(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
     return causal(x, k, p) & (columns(k) // WINDOW == rows(x, k) // WINDOW)
+
+
+def padded_chunks(x: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    """As Llama 4 counts its chunks: from the first token behind the padding of a row."""
+    left = (p.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+    return causal(x, k, p) & ((columns(k) - left) // WINDOW == (rows(x, k) - left) // WINDOW)
 
 
 def prefix(x: Tensor, k: Tensor, p: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from tests.passes.builders import (
     llama,
     old_llama,
     padded,
+    padded_chunks,
     prefix,
     rows,
     tril_slice,
@@ -211,6 +212,7 @@ CASES = [
         additive=True,
     ),
     *case("chunks", chunks, MaskKind.CHUNKED),
+    *case("padded-chunks", padded_chunks, MaskKind.CHUNKED),
     *case("prefix", prefix, MaskKind.PREFIX),
     *case("columns", lambda x, k, p: columns(k) < 2, MaskKind.PREFIX),
 ]
@@ -244,6 +246,7 @@ def test_is_proved(expected: Case, shape: tuple[int, int], dynamic: bool) -> Non
     assert (None if proof.padding is None else (proof.padding.relation, proof.padding.value)) == expected.padding
     causal_kind = expected.kind in (MaskKind.CAUSAL, MaskKind.SLIDING_WINDOW)
     assert proof.is_self_causal(graph.queries, graph.keys) is causal_kind
+    assert proof.is_causal_in_chunks(graph.queries, graph.keys) is (expected.kind is MaskKind.CHUNKED)
     assert (proof.why_not_self_causal(graph.queries, graph.keys) is None) is causal_kind
     check_everywhere(proof, graph, shape, dynamic)
 

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 
 from adakv_compile.passes.masks import MaskKind
 from adakv_compile.symbolic.evaluate import evaluate
@@ -15,11 +16,21 @@ from tests.symbolic.captured import BATCH, MaskFunction, MaskGraph, capture_mask
 
 QUERIES, KEYS = 5, 5
 
+
+def first(p: Tensor) -> Tensor:
+    """The first token behind the padding of each row."""
+    return (p.cumsum(-1) == 0).sum(-1)[:, None, None, None]
+
+
 CASES: dict[str, MaskFunction] = {
     "padding-by-query": lambda x, k, p: causal(x, k, p) & p.bool()[:, None, :, None],
     "padding-gathered-by-query": lambda x, k, p: causal(x, k, p) & p.bool()[each_batch(p), rows(x, k)],
     "padding-of-both": lambda x, k, p: causal(x, k, p) & real(p) & p.bool()[:, None, :, None],
     "packed-sequences": lambda x, k, p: causal(x, k, p) & (p[:, None, :, None] == p[:, None, None, :]),
+    "chunks-from-elsewhere": lambda x, k, p: causal(x, k, p) & ((columns(k) - first(p)) // 2 == rows(x, k) // 2),
+    "chunks-of-two-rows": lambda x, k, p: (
+        causal(x, k, p) & ((columns(k) - first(p)) // 2 == (rows(x, k) - first(p).flip(0)) // 2)
+    ),
     "random": lambda x, k, p: causal(x, k, p) & (torch.rand(QUERIES, KEYS) > 0.5),
     "window-from-a-tensor": lambda x, k, p: causal(x, k, p) & (columns(k) > rows(x, k) - p.sum()),
     "numbers-that-wrap": lambda x, k, p: causal(x, k, p) & (p.flip(-1) << 32).int().bool()[:, None, :, None],

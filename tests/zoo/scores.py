@@ -37,10 +37,11 @@ def wrongly_kept(
     weights = weights[..., : int(weights[:, :, -1].sum((0, 1)).nonzero()[-1]) + 1]
     means = weights[:, :, -window:].mean(2).unflatten(1, (heads, -1)).mean(2)[..., -length:]
     real = torch.ones(batch, weights.shape[-1]) if mask is None else mask.clone()
-    # What the last query can just see, or not any more, no later query sees.
-    left = int(weights[:, :, -1].sum((0, 1)).nonzero()[0])
-    if left > 0:
-        real[:, : left + 1] = 0
+    for row in range(batch):
+        # What the last query can't see any more, no later query sees; where the edge moves with every query, as in a
+        # sliding window, not what it can just see either.
+        before, left = (int(weights[row, :, query].sum(0).nonzero()[0]) for query in (-2, -1))
+        real[row, : left + (left > before)] = 0
     wrong: list[str] = []
     for row in range(batch):
         valid = [[bool(value) for value in real[row, -length:]]] * heads

@@ -11,6 +11,7 @@ EXPECTED: dict[str, str] = {
     "llama": "compressed",
     "gpt2": "compressed",  # heads packed in one projection, learned positions
     "cohere2": "compressed",  # layers with a sliding window among others
+    "llama4_text": "compressed",  # chunks counted from the padding, under a cache that drops old entries
     "gptj": "compressed",  # written out, interleaved rotary embedding
     "codegen": "compressed",  # the mask is scaled with the logits
     "bloom": "compressed",  # ALiBi by baddbmm, heads flattened into the batch
