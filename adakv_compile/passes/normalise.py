@@ -55,10 +55,23 @@ def normalise(program: Program) -> Program:
 def why_not_attention(softmax: fx.Node) -> str:
     """Say what of an attention that is written out was not understood."""
     try:
-        understand(softmax)
+        _heads_of_sinks(understand(softmax))
     except NotUnderstoodError as failure:
         return str(failure)
-    return "its result is returned as it is, or its sinks differ from query to query"
+    return "its result is returned as it is, or its parts have no common layout"
+
+
+def _heads_of_sinks(meaning: Meaning) -> tuple[str, ...]:
+    """Return the axes of the query heads, if the sinks have no others.
+
+    Raises:
+        NotUnderstoodError: The operator has no such sinks.
+    """
+    sinks, heads = meaning.logits.sinks, (*meaning.heads, *meaning.groups)
+    unwanted = {axis for dim in sinks.dims for axis in meaning.axes.flat(dim)} - set(heads) if sinks else set[str]()
+    if any(meaning.axes.sizes[axis] != 1 for axis in unwanted):
+        raise NotUnderstoodError("its sinks differ from query to query")
+    return heads
 
 
 def _only_for(products: Iterable[fx.Node]) -> frozenset[fx.Node]:
@@ -164,14 +177,8 @@ class _Writer:
 
     def _sinks(self) -> fx.Node | None:
         """Return the sinks as ``[Hq]``."""
-        meaning, sinks = self._meaning, self._meaning.logits.sinks
-        if sinks is None:
-            return None
-        heads = (*meaning.heads, *meaning.groups)
-        unwanted = {axis for dim in sinks.dims for axis in meaning.axes.flat(dim)} - set(heads)
-        if any(shape_of_axis != 1 for shape_of_axis in (meaning.axes.sizes[axis] for axis in unwanted)):
-            raise NotUnderstoodError("sinks differ from query to query")
-        return self._emit.arrange(meaning.axes, sinks.node, sinks.dims, (heads,))
+        sinks, heads = self._meaning.logits.sinks, _heads_of_sinks(self._meaning)
+        return None if sinks is None else self._emit.arrange(self._meaning.axes, sinks.node, sinks.dims, (heads,))
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
