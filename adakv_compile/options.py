@@ -11,7 +11,7 @@ from typing import Final, get_args
 from adakv_compile.errors import OptionsError
 from adakv_compile.kernels import KERNELS, Kernels
 from adakv_compile.kernels.prefill_attention import BACKENDS
-from adakv_compile.policy.policy import Gqa, Method, Policy, Pool
+from adakv_compile.policy.policy import Gqa, Method, Policy, Pool, Safeguard, Ties
 
 __all__ = ["INNER_COMPILERS", "Options"]
 
@@ -20,6 +20,8 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "method": get_args(Method),
     "pool": get_args(Pool),
     "gqa": get_args(Gqa),
+    "safeguard": get_args(Safeguard),
+    "ties": get_args(Ties),
     "kernels": KERNELS,
     "attention": ("auto", *BACKENDS),
     "inner": INNER_COMPILERS,
@@ -47,6 +49,10 @@ class Options:
         kernel_size: Odd width of that pooling in tokens.
         alpha: Safeguard: the share of the budget that is spread uniformly over the heads. 1 is the uniform method,
             0 the pure global top-B (Ada-KV, Algorithm 2, with the meaning of the reference code).
+        safeguard: ``"soft"``: that share is mixed with what the heads win, as in the paper's reference code.
+            ``"hard"``: the heads compete for the whole budget, each of them sure of that share.
+        ties: Which of several entries with one pooled score stay: those at the lower ``"position"``, or those with
+            the higher raw ``"score"``.
         beta: Steepness of the pyramid (PyramidKV): the smallest layer budget is about ``1 / beta`` of the mean.
         gqa: How the scores of the query heads that share a KV head are reduced, ``"mean"`` or ``"max"``.
         sinks: First tokens that StreamingLLM always keeps.
@@ -69,6 +75,8 @@ class Options:
     pool: Pool = "max"
     kernel_size: int = 7
     alpha: float = 0.2
+    safeguard: Safeguard = "soft"
+    ties: Ties = "position"
     beta: int = 20
     gqa: Gqa = "mean"
     sinks: int = 4
@@ -163,6 +171,8 @@ class Options:
             pool=self.pool,
             kernel_size=self.kernel_size,
             alpha=self.alpha,
+            safeguard=self.safeguard,
+            ties=self.ties,
             beta=self.beta,
             gqa=self.gqa,
             sinks=self.sinks,

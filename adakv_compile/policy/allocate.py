@@ -28,7 +28,7 @@ def head_budgets(policy: Policy, counts: torch.Tensor, total: torch.Tensor, avai
         Int64 ``[B, H]``, summing to ``total`` over the heads, nowhere above ``available``.
     """
     uniform = uniform_budgets(total, available)
-    alpha = policy.safeguard
+    alpha = policy.uniform_share
     if alpha == 1:
         return uniform
     mixed = alpha.numerator * uniform + (alpha.denominator - alpha.numerator) * counts

@@ -8,11 +8,13 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Final, Literal, get_args
 
-__all__ = ["Gqa", "Method", "Policy", "Pool"]
+__all__ = ["Gqa", "Method", "Policy", "Pool", "Safeguard", "Ties"]
 
 Method = Literal["ada-snapkv", "snapkv", "ada-pyramid", "pyramidkv", "streamingllm"]
 Pool = Literal["max", "avg"]
 Gqa = Literal["mean", "max"]
+Safeguard = Literal["soft", "hard"]
+Ties = Literal["position", "score"]
 
 # Shares are exact rationals, so that sizes computed on ints, on SymInts and on int64 tensors are
 # the same number. The bound keeps ``share * length`` far inside int64 for any length, and reads
@@ -38,6 +40,10 @@ class Policy:
         alpha: Share of a layer's budget that is spread uniformly over its heads, in [0, 1]: the
             meaning of the reference code, which is the opposite of the formula printed in the
             paper.
+        safeguard: ``"soft"`` mixes that share with what the heads win, as the reference code does; ``"hard"`` lets
+            the heads compete for everything, each of them sure of ``alpha`` of a uniform budget.
+        ties: Which of several entries with one pooled score stay: those at the lower ``"position"``, or those with
+            the higher raw ``"score"``.
         beta: Steepness of the pyramid: the last layer keeps about ``1 / beta`` of the mean besides
             the window.
         gqa: How the scores of the query heads that share a KV head are reduced.
@@ -56,6 +62,8 @@ class Policy:
     pool: Pool = "max"
     kernel_size: int = 7
     alpha: float = 0.2
+    safeguard: Safeguard = "soft"
+    ties: Ties = "position"
     beta: int = 20
     gqa: Gqa = "mean"
     sinks: int = 4
@@ -67,6 +75,8 @@ class Policy:
             ("method", self.method, get_args(Method)),
             ("pool", self.pool, get_args(Pool)),
             ("gqa", self.gqa, get_args(Gqa)),
+            ("safeguard", self.safeguard, get_args(Safeguard)),
+            ("ties", self.ties, get_args(Ties)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
@@ -109,7 +119,7 @@ class Policy:
         return (self.sinks if self.method == "streamingllm" else self.window) + 1
 
     @property
-    def safeguard(self) -> Fraction:
+    def uniform_share(self) -> Fraction:
         """Exact uniform share: ``alpha`` for the adaptive methods, 1 for the others."""
         return _rational(self.alpha) if self.adaptive else Fraction(1)
 
@@ -151,6 +161,8 @@ def _decode(text: str) -> Policy:
             pool=given["pool"],  # pyright: ignore[reportArgumentType]
             kernel_size=int(given["kernel_size"]),
             alpha=float(given["alpha"]),
+            safeguard=given["safeguard"],  # pyright: ignore[reportArgumentType]
+            ties=given["ties"],  # pyright: ignore[reportArgumentType]
             beta=int(given["beta"]),
             gqa=given["gqa"],  # pyright: ignore[reportArgumentType]
             sinks=int(given["sinks"]),

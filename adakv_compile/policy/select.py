@@ -12,6 +12,7 @@ from adakv_compile.policy.scores import pool_scores
 __all__ = ["select", "streaming_mask", "top_mask"]
 
 _INT32_MIN = -(1 << 31)
+_INT32_MAX = (1 << 31) - 1
 
 
 def select(
@@ -27,9 +28,11 @@ def select(
     The protected entries stay; of the others, pooled scores pick the row's global best (Ada-KV,
     Algorithm 1), the counts of those per head are mixed with the uniform share
     (:func:`~adakv_compile.policy.allocate.head_budgets`), and each head keeps its best entries
-    within its budget (Algorithm 2). A row keeps exactly ``total`` entries. Ties go to the lower
-    position, then to the lower head. Rows are independent of each other. Nothing here depends on
-    the values of a tensor but values: no data-dependent shape, no host synchronisation.
+    within its budget (Algorithm 2). With a hard safeguard the best of every head count as the best
+    of all instead, and nothing is mixed. A row keeps exactly ``total`` entries. Ties go to the
+    lower position, unless they go by the raw score first, and then to the lower head. Rows are
+    independent of each other. Nothing here depends on the values of a tensor but values: no
+    data-dependent shape, no host synchronisation.
 
     Args:
         policy: What to keep.
@@ -66,16 +69,22 @@ def select(
     protected = (protected & valid).expand(scores.shape)
     candidates = valid & ~protected
     available = candidates.sum(-1)
-    total = (total - protected.sum((-2, -1))).clamp(min=0)
-    keys = _rank_keys(policy, scores, candidates)
-    if policy.safeguard == 1:
-        budgets = uniform_budgets(total, available)
-    else:
-        # Position-major, so that ties go to the lower position and then to the lower head.
-        pooled = keys.mT.reshape(batch, length * num_heads)
-        counts = top_mask(pooled, total).view(batch, length, num_heads).sum(1)
-        budgets = head_budgets(policy, counts, total, available)
-    return protected | top_mask(keys, budgets)
+    num_protected = protected.sum(-1)
+    share = policy.uniform_share
+    least = (share.numerator * total // (share.denominator * num_heads))[:, None] - num_protected
+    total = (total - num_protected.sum(-1)).clamp(min=0)
+    keys, raw = _rank_keys(policy, scores, candidates)
+    if share == 1:
+        return protected | top_mask(keys, uniform_budgets(total, available), raw)
+    hard = policy.safeguard == "hard"
+    ranked = keys
+    if hard:
+        ranked = keys.masked_fill(top_mask(keys, least.clamp(min=0).minimum(available), raw), _INT32_MAX)
+    # Position-major, so that ties go to the lower position and then to the lower head.
+    best = top_mask(_by_position(ranked), total, None if raw is None else _by_position(raw))
+    counts = best.view(batch, length, num_heads).sum(1)
+    budgets = counts if hard else head_budgets(policy, counts, total, available)
+    return protected | top_mask(keys, budgets, raw)
 
 
 def streaming_mask(valid: torch.Tensor, budgets: torch.Tensor, sinks: int) -> torch.Tensor:
@@ -95,7 +104,7 @@ def streaming_mask(valid: torch.Tensor, budgets: torch.Tensor, sinks: int) -> to
     return valid & ((rank <= first) | latest)
 
 
-def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def top_mask(keys: torch.Tensor, counts: torch.Tensor, ties: torch.Tensor | None = None) -> torch.Tensor:
     """Return the ``counts`` largest keys along the last dimension, ties to the lower index.
 
     A radix selection: four histograms of eight bits each. On CPU it is several times as fast as
@@ -104,6 +113,8 @@ def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     Args:
         keys: Int32 ``[..., N]``.
         counts: Int64 ``[...]``, from 0 to ``N``.
+        ties: Int32 ``[..., N]``, above its minimum wherever a key may be taken: of equal keys those
+            with the largest are taken, and only what is equal in both goes by the index.
 
     Returns:
         Bool ``[..., N]``, exactly ``counts`` True in every row.
@@ -124,7 +135,9 @@ def top_mask(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         missing = missing - (reached - histogram).gather(-1, digit)
         threshold = (digit - 128 if shift == 24 else threshold * 256 + digit).to(torch.int32)
     equal = keys == threshold
-    return (keys > threshold) | (equal & (equal.cumsum(-1) <= missing))
+    if ties is None:
+        return (keys > threshold) | (equal & (equal.cumsum(-1) <= missing))
+    return (keys > threshold) | (equal & top_mask(ties.masked_fill(~equal, _INT32_MIN), missing[..., 0]))
 
 
 def _latest(valid: torch.Tensor, count: int) -> torch.Tensor:
@@ -133,15 +146,26 @@ def _latest(valid: torch.Tensor, count: int) -> torch.Tensor:
     return valid & (rank[..., -1:] - rank < count)
 
 
-def _rank_keys(policy: Policy, scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Return int32 keys that order by pooled score, then NaN, then what is no candidate."""
+def _by_position(keys: torch.Tensor) -> torch.Tensor:
+    """Return ``[B, H, L]`` as ``[B, L * H]``."""
+    return keys.mT.reshape(keys.shape[0], -1)
+
+
+def _rank_keys(
+    policy: Policy, scores: torch.Tensor, candidates: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return int32 keys that order by pooled score, then NaN, then what is no candidate; and those of raw scores."""
     scores = scores.to(torch.float32)
     counted = candidates & ~scores.isnan()
     outside = -torch.inf if policy.pool == "max" else 0.0
     pooled = pool_scores(scores.masked_fill(~counted, outside), kind=policy.pool, kernel_size=policy.kernel_size)
-    pooled = pooled.masked_fill(pooled == 0, 0.0)  # -0.0 ties with 0.0
-    bits = pooled.view(torch.int32)
+    keys = _ordered(pooled).masked_fill(~counted | pooled.isnan(), _INT32_MIN + 1)
+    raw = _ordered(scores).masked_fill(~counted, _INT32_MIN + 1) if policy.ties == "score" else None
+    return keys.masked_fill(~candidates, _INT32_MIN), raw
+
+
+def _ordered(scores: torch.Tensor) -> torch.Tensor:
+    """Return float32 numbers as int32 ones of the same order."""
+    bits = scores.masked_fill(scores == 0, 0.0).view(torch.int32)  # -0.0 ties with 0.0
     # Floats order as sign and magnitude; flipping the negative ones makes that two's complement.
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keys = keys.masked_fill(~counted | pooled.isnan(), _INT32_MIN + 1)
-    return keys.masked_fill(~candidates, _INT32_MIN)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -262,8 +262,8 @@ graph 0: compress
 %18 = unsqueeze.default(%17, 1) -> i64[40, 1]
 %19 = le.Tensor(%16, %18) -> b8[40, 40]
 %20 = scaled_dot_product_attention.default(%9, %12, %15, %19, enable_gqa=True) -> f32[1, 4, 40, 16]
-%21 = adakv.observe_v3.default(%9, %12, None, None, None, None, 0.25, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> f32[1, 2, 40]
-%22 = adakv.select_v1.default(%21, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> (i32[1, 24], i32[1, 3])
+%21 = adakv.observe_v3.default(%9, %12, None, None, None, None, 0.25, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> f32[1, 2, 40]
+%22 = adakv.select_v1.default(%21, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> (i32[1, 24], i32[1, 3])
 %23 = getitem(%22, 0) -> i32[1, 24]
 %24 = getitem(%22, 1) -> i32[1, 3]
 %25 = adakv.compact_v1.default(%12, %15, %23, %24) -> (f32[1, 24, 16], f32[1, 24, 16])

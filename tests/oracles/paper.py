@@ -79,20 +79,31 @@ def pool(scores: Sequence[float], kind: str, kernel_size: int) -> list[float]:
     return pooled
 
 
-def algorithm_1(total: int, scores: Sequence[dict[int, float]]) -> list[int]:
+Rank = tuple[float, float]
+"""Of a candidate: its pooled score, and what decides between equal ones before the position does."""
+
+
+def algorithm_1(total: int, scores: Sequence[dict[int, Rank]]) -> list[int]:
     """Return how many of the layer's ``total`` best candidates fall in each head.
 
     Args:
         total: Budget of the layer.
-        scores: For each head, position to score.
+        scores: For each head, position to rank.
     """
     ranking = sorted(
-        (-score, position, head) for head, of_head in enumerate(scores) for position, score in of_head.items()
+        (-score, -tie, position, head)
+        for head, of_head in enumerate(scores)
+        for position, (score, tie) in of_head.items()
     )
     counts = [0] * len(scores)
-    for _, _, head in ranking[:total]:
+    for *_, head in ranking[:total]:
         counts[head] += 1
     return counts
+
+
+def best_of_head(of_head: dict[int, Rank], count: int) -> list[int]:
+    """Return the positions of a head's ``count`` best candidates."""
+    return sorted(of_head, key=lambda position: (-of_head[position][0], -of_head[position][1], position))[:count]
 
 
 def uniform(total: int, available: Sequence[int]) -> list[int]:
@@ -124,6 +135,8 @@ def algorithm_2(
     alpha: Fraction,
     pool_kind: str,
     kernel_size: int,
+    safeguard: str = "soft",
+    ties: str = "position",
 ) -> list[set[int]]:
     """Return the positions that every head keeps.
 
@@ -135,22 +148,32 @@ def algorithm_2(
         alpha: Uniform share.
         pool_kind: ``"max"`` or ``"avg"``.
         kernel_size: Width of the pooling.
+        safeguard: ``"hard"``: no mixture; of each head the best count first, up to ``alpha`` of its uniform share.
+        ties: ``"score"``: of equal pooled scores the higher raw one comes first.
     """
     entries = [[p for p, real in enumerate(of_head) if real] for of_head in valid]
     total = min(total, sum(map(len, entries)))
     kept = [set(of_head[-window:]) for of_head in entries]
-    candidates: list[dict[int, float]] = []
+    candidates: list[dict[int, Rank]] = []
     for head, of_head in enumerate(entries):
         positions = of_head[:-window]
         pooled = pool([scores[head][p] for p in positions], pool_kind, kernel_size)
-        candidates.append(dict(zip(positions, pooled, strict=True)))
+        raw = [scores[head][p] if ties == "score" else 0.0 for p in positions]
+        candidates.append(dict(zip(positions, zip(pooled, raw, strict=True), strict=True)))
+    sure = [max(0, math.floor(alpha * total / len(entries)) - len(of_head)) for of_head in kept]
     total -= sum(map(len, kept))  # line 4
+    if safeguard == "hard" and alpha < 1:
+        first: list[dict[int, Rank]] = [
+            of_head | dict.fromkeys(best_of_head(of_head, least), (math.inf, 0.0))
+            for of_head, least in zip(candidates, sure, strict=True)
+        ]
+        budgets = algorithm_1(max(0, total), first)
+        return [of_head | {*best_of_head(*rest)} for of_head, *rest in zip(kept, candidates, budgets, strict=True)]
     counts = algorithm_1(total, candidates)  # line 5
     even = uniform(total, [len(of_head) for of_head in candidates])
     budgets = mix(alpha, even, counts)  # line 6
     for head, of_head in enumerate(candidates):  # lines 7 and 8
-        ranking = sorted(of_head, key=lambda position: (-of_head[position], position))
-        kept[head].update(ranking[: budgets[head]])
+        kept[head].update(best_of_head(of_head, budgets[head]))
     return kept
 
 

@@ -25,7 +25,7 @@ def test_text_form_gives_the_policy_back(policy: Policy) -> None:
 
 def test_text_form_is_stable() -> None:
     assert Policy(budget=0.25, layer=2, num_layers=4).encode() == (
-        "method=ada-snapkv;budget=0.25;window=32;pool=max;kernel_size=7;alpha=0.2;beta=20;"
+        "method=ada-snapkv;budget=0.25;window=32;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;"
         "gqa=mean;sinks=4;layer=2;num_layers=4"
     )
 
@@ -73,6 +73,8 @@ def test_other_texts_are_refused_and_named(text: str) -> None:
         ({"method": "h2o"}, "method is 'h2o'; allowed: 'ada-snapkv'"),
         ({"pool": "min"}, "pool is 'min'"),
         ({"gqa": "sum"}, "gqa is 'sum'"),
+        ({"safeguard": "none"}, "safeguard is 'none'"),
+        ({"ties": "first"}, "ties is 'first'"),
     ],
 )
 def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
@@ -86,7 +88,7 @@ def test_smallest_budgets_are_allowed() -> None:
 
 
 def test_shares_are_the_rationals_the_user_wrote() -> None:
-    assert Policy(alpha=0.2).safeguard == Fraction(1, 5)
+    assert Policy(alpha=0.2).uniform_share == Fraction(1, 5)
     assert Policy(budget=0.1).share == Fraction(1, 10)
     assert Policy(budget=1 / 3).share == Fraction(1, 3)
     assert Policy(budget=100).share is None
@@ -96,4 +98,4 @@ def test_shares_are_the_rationals_the_user_wrote() -> None:
 def test_only_the_adaptive_methods_use_alpha(method: str) -> None:
     adaptive = method.startswith("ada-")
     policy = Policy(method=method, alpha=0.5)  # pyright: ignore[reportArgumentType]
-    assert policy.safeguard == (Fraction(1, 2) if adaptive else 1)
+    assert policy.uniform_share == (Fraction(1, 2) if adaptive else 1)

@@ -36,9 +36,11 @@ def oracle(policy: Policy, scores: torch.Tensor, valid: torch.Tensor, total: int
         valid.tolist(),
         total=total,
         window=policy.window,
-        alpha=policy.safeguard,
+        alpha=policy.uniform_share,
         pool_kind=policy.pool,
         kernel_size=policy.kernel_size,
+        safeguard=policy.safeguard,
+        ties=policy.ties,
     )
 
 

@@ -72,7 +72,7 @@ def choose(
     """Return positions and offsets of what :func:`adakv_compile.policy.select` keeps, bit for bit.
 
     ``"streamingllm"`` goes by order alone: it has no scores to rank, and counting in plain PyTorch is no slower. What
-    is too large for the kernels goes there, too.
+    is too large for the kernels goes there, too, and so do a hard safeguard and ties by the raw score.
 
     Args:
         policy: What to keep.
@@ -91,6 +91,8 @@ def choose(
     batch, num_heads, length = scores.shape
     if (
         policy.method == "streamingllm"
+        or (policy.safeguard == "hard" and policy.adaptive)
+        or policy.ties == "score"
         or not 1 <= num_heads <= MAX_HEADS
         or batch * num_heads > _MAX_GRID
         or not 1 <= num_heads * length < _MAX_SCORES
@@ -101,7 +103,7 @@ def choose(
     tuning = tuning_of(target_of(device))
     tiles = -(-length // tuning.tile)
     groups = batch * num_heads
-    joint = policy.safeguard != 1 and num_heads > 1
+    joint = policy.uniform_share != 1 and num_heads > 1
     strides = (0, 0, 0) if valid is None else valid.expand(scores.shape).stride()
 
     descent = 4 * SLOT.value
@@ -179,8 +181,8 @@ def choose(
         device=device,
         num_warps=tuning.row_warps(num_heads),
         JOINT=joint,
-        ALPHA_NUMERATOR=policy.safeguard.numerator,
-        ALPHA_DENOMINATOR=policy.safeguard.denominator,
+        ALPHA_NUMERATOR=policy.uniform_share.numerator,
+        ALPHA_DENOMINATOR=policy.uniform_share.denominator,
         HEADS=tuning.heads(num_heads),
         COLUMNS=tuning.columns(num_heads),
         TILE=tuning.tile,
