@@ -27,7 +27,8 @@ class Sample:
         chat: Whether the model's chat template applies, where it has one.
         meta: Length, depth and whatever else a plot needs.
         joined: The prompt of the question-aware protocol where it isn't context + question; else ``""``.
-        stop: The answer ends at the first of these texts, ``"\n"`` for one line; may be empty.
+        stop: The answer ends at the token that ends one of these texts, ``"\n"`` for one line, but has at least one
+            token; may be empty.
     """
 
     task: str
