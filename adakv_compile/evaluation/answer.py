@@ -26,6 +26,7 @@ class Answer:
         tokens: Generated token ids, without the one that ended the answer.
         heads: Entries that every head of every layer kept of what was compressed.
         kept: Entries of all heads after the compression.
+        dense: Entries of all heads that a full cache has then.
         held: Entries of all heads at the end.
         expected: Entries of all heads at the end if nothing was evicted again.
         bytes_held: Bytes of the cache after the compression.
@@ -40,6 +41,7 @@ class Answer:
     tokens: tuple[int, ...]
     heads: tuple[tuple[int, ...], ...]
     kept: int
+    dense: int
     held: int
     expected: int
     bytes_held: int
@@ -153,6 +155,7 @@ class Answerer:
             tokens=tuple(tokens),
             heads=tuple(tuple(layer.head_lengths[0].tolist()) for layer in after.layers),
             kept=_entries(after),
+            dense=sum(layer.head_lengths.shape[1] * layer.logical_length for layer in after.layers),
             held=_entries(cache_stats(cache)),
             expected=_entries(after) + steps * sum(layer.head_lengths.shape[1] for layer in after.layers),
             bytes_held=after.bytes_held,

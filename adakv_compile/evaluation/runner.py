@@ -1,0 +1,163 @@
+"""Every sample under every kind of cache and protocol, each recorded as soon as it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from adakv_compile.backend import adakv
+from adakv_compile.evaluation.answer import Answer, Answerer
+from adakv_compile.evaluation.errors import EvaluationError
+from adakv_compile.evaluation.methods import FULL, Setting
+from adakv_compile.evaluation.metrics import METRICS
+from adakv_compile.evaluation.prompts import build
+from adakv_compile.evaluation.records import Record, Records, key_of
+from adakv_compile.evaluation.sample import Sample
+
+__all__ = ["Plan", "run"]
+
+# What models, kernels and compilers raise. A mistake of the interpreter's or of the user's is not among them.
+_CRASHES: Final = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    EvaluationError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        settings: Kinds of cache, each compiled for once.
+        protocols: Names in :data:`adakv_compile.evaluation.prompts.PROTOCOLS`.
+        samples: The samples of every seed, the same under every setting.
+        options: Options of the backend but for method and budget.
+    """
+
+    settings: Sequence[Setting]
+    protocols: Sequence[str]
+    samples: Mapping[int, Sequence[Sample]]
+    options: Mapping[str, object]
+
+    @property
+    def size(self) -> int:
+        """Number of answers in all."""
+        return len(self.settings) * len(self.protocols) * sum(map(len, self.samples.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One answer to be had."""
+
+    setting: Setting
+    protocol: str
+    seed: int
+    sample: Sample
+
+    def head(self) -> dict[str, Any]:
+        """Return the part of its record that is known before."""
+        return {
+            "method": self.setting.method,
+            "budget": self.setting.budget,
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "task": self.sample.task,
+            "length": self.sample.labels.get("length"),
+            "index": self.sample.index,
+        }
+
+
+def run(
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    device: torch.device,
+    records: Records,
+    tell: Callable[[str], None],
+) -> None:
+    """Answer what has no record yet.
+
+    A sample that can't be answered gets a record that says why, without a score, and the run goes on.
+
+    Args:
+        plan: What to run.
+        model: A causal language model of transformers in evaluation mode, compiled again and again.
+        tokenizer: Its tokenizer.
+        device: Where it is.
+        records: Where results go, and what is there already.
+        tell: Called with a few words before the first answer of a setting and after every answer.
+
+    Raises:
+        EvaluationError: A setting compresses nothing: its results would be the full cache's under another name.
+    """
+    answerer = Answerer(model, tokenizer, device)
+    for setting in plan.settings:
+        units = [
+            _Unit(setting, protocol, seed, sample)
+            for protocol in plan.protocols
+            for seed, samples in plan.samples.items()
+            for sample in samples
+        ]
+        missing = [unit for unit in units if key_of(unit.head()) not in records.done]
+        if missing:
+            _compile(model, setting, plan.options)
+        for unit in missing:
+            records.append(_record(answerer, tokenizer, unit))
+            tell(setting.label)
+
+
+def _compile(model: Any, setting: Setting, options: Mapping[str, object]) -> None:
+    # Dynamo gives up on code that it has compiled eight times: what it holds for other settings has to go.
+    torch.compiler.reset()
+    if setting.method == FULL:
+        model.compile(backend=options.get("inner", "inductor"), dynamic=True)
+    else:
+        model.compile(backend=adakv, options=setting.options(options), dynamic=True)
+
+
+def _record(answerer: Answerer, tokenizer: Any, unit: _Unit) -> Record:
+    sample, head = unit.sample, unit.head()
+    head["meta"] = sample.labels
+    try:
+        prompt = build(sample, tokenizer, unit.protocol)
+        head |= {"prompt_tokens": prompt.tokens, "prompt_sha256": prompt.sha256}
+        answer = answerer.answer(prompt, sample.max_new_tokens, sample.stop)
+        prediction = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        score = METRICS[sample.metric](prediction, sample.answers, sample.classes)
+    except _CRASHES as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return head | {"error": f"{type(error).__name__}: {first}", "score": None}
+    if unit.setting.method != FULL and not answer.compressed:
+        raise EvaluationError(
+            f"{unit.setting.label} leaves every layer of this model uncompressed: its answers would be the full "
+            "cache's; `adakv explain` tells why"
+        )
+    return head | _measured(answer) | {"prediction": prediction, "answers": sample.answers, "score": score}
+
+
+def _measured(answer: Answer) -> dict[str, Any]:
+    return {
+        "error": None,
+        "generated": len(answer.tokens),
+        "kept": answer.kept,
+        "dense_entries": answer.dense,
+        "heads": answer.heads,
+        # Entries that were held at the end against those that were kept and added: 0, or a later eviction.
+        "evicted_later": answer.expected - answer.held,
+        "bytes_held": answer.bytes_held,
+        "bytes_dense": answer.bytes_dense,
+        "peak_bytes": answer.peak_bytes,
+        "prefill_seconds": round(answer.prefill_seconds, 6),
+        "step_seconds": None if answer.step_seconds is None else round(answer.step_seconds, 6),
+        "compiling_seconds": round(answer.compiling_seconds, 6),
+    }
