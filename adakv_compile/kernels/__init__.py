@@ -16,8 +16,10 @@ from adakv_compile.kernels import (
     decode_attention,
     entries,
     extend,
+    lay_out,
     observe,
     prefill_attention,
+    retain,
     select,
 )
 from adakv_compile.kernels._registration import KERNELS, Kernels, OpSpec
@@ -35,8 +37,10 @@ __all__ = [
     "decode_attention",
     "entries",
     "extend",
+    "lay_out",
     "observe",
     "prefill_attention",
+    "retain",
     "select",
     "why_unsupported",
 ]
@@ -51,5 +55,7 @@ SPECS: Final[tuple[OpSpec, ...]] = (
     prefill_attention.SPEC,
     attention.SPEC,
     entries.SPEC,
+    lay_out.SPEC,
+    retain.SPEC,
 )
 """Every op of the dialect."""

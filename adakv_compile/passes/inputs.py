@@ -84,7 +84,7 @@ class GraphInputs:
         }
         parts: dict[str, fx.Node] = {}
         for name in STORE_TENSORS:
-            if name == "cursor" and planned.action is Action.RECOMPRESS and planned.latent is None:
+            if name == "cursor" and planned.action is Action.RECOMPRESS:
                 continue
             dtype = torch.int32 if name in ("offsets", "positions", "cursor") else like.dtype
             with fake_mode:

@@ -31,6 +31,7 @@ from adakv_compile.passes.masks import NEGLIGIBLE
 from adakv_compile.passes.nodes import arg, same_layout, same_size, shape_of, static_int
 from adakv_compile.passes.padding import emit_padding
 from adakv_compile.passes.planned import Action, Plan, PlannedSite
+from adakv_compile.policy import Policy
 
 __all__ = ["Opened", "Pieces", "kinds"]
 
@@ -135,6 +136,11 @@ class Pieces:
         while len(shape_of(mask)) < 4:
             mask = emit.call(aten.unsqueeze.default, mask, 0)
         return mask
+
+    def of_one_head(self, emit: Emitter, scores: fx.Node, policy: str) -> fx.Node:
+        """Return the scores ``[B, 1, L]`` of what one cached head holds for all heads, as of a group of query heads."""
+        together = aten.amax.default if Policy.decode(policy).gqa == "max" else aten.mean.dim
+        return emit.call(together, scores, [1], True)
 
     def in_layout_of(self, emit: Emitter, out: fx.Node, like: fx.Node) -> fx.Node:
         """Give an attention's output the memory layout that the graph's later views were traced for.

@@ -25,7 +25,6 @@ from adakv_compile.passes.nodes import arg, same_size, shape_of
 from adakv_compile.passes.pieces import Pieces, kinds
 from adakv_compile.passes.planned import Action, Plan, PlannedSite
 from adakv_compile.passes.region import Region, clone
-from adakv_compile.policy import Policy
 
 __all__ = ["Rewritten", "rewrite"]
 
@@ -79,7 +78,9 @@ class _Rewriter(Pieces):
         owners = {planned.index: planned for planned in self.plan.sites if planned.owner is None}
         for planned, policy in zip(self.plan.sites, self.plan.policies, strict=True):
             owner = planned if planned.owner is None else owners[planned.owner]
-            if planned.latent is not None and owner.action is not Action.COMPRESS:
+            if planned.latent is not None and owner.action is Action.RECOMPRESS:
+                self._recompress_latents(planned, planned.latent, policy)
+            elif planned.latent is not None and owner.action is not Action.COMPRESS:
                 self._attend_to_latents(planned, planned.latent)
             elif owner.action is Action.COMPRESS:
                 if planned is owner:
@@ -149,9 +150,7 @@ class _Rewriter(Pieces):
                 *(site.scale, mask.sliding_window, site.softcap, policy),
             )
             if planned.latent is not None:
-                # One cached head serves all: what is true of a group of query heads is true of them.
-                together = aten.amax.default if Policy.decode(policy).gqa == "max" else aten.mean.dim
-                scores = emit.call(together, scores, [1], True)
+                scores = self.of_one_head(emit, scores, policy)
             if planned.key.is_sliding:
                 # Queries saw more than the cache keeps.
                 start = cast("int | fx.Node", arg(planned.key.cached, 2, "start", 0))
@@ -246,26 +245,66 @@ class _Rewriter(Pieces):
                 *(self.lookup(planned), self.columns(planned), planned.mask.sliding_window),
             )
             *latents, visible = (emit.call(operator.getitem, held, i) for i in range(3))
-            sources = {
-                update.whole: emit.arrange(operand.axes, latent, tuple(map(tuple, operand.order)), update.dims)
-                for (update, which), latent in zip(kinds(planned), latents, strict=True)
-                for operand in (site.operand(which),)
-            }
-            made = clone(emit, region, sources, emit.call(aten.sym_size.int, latents[0], 2))
-            key, value = (made[cast("fx.Node", operand)] for operand in site.node.args[1:3])
-            if site.is_plain:
-                out = emit.call(
-                    aten.scaled_dot_product_attention.default,
-                    *(site.query, key, value, visible, 0.0, False),
-                    scale=site.scale,
-                    enable_gqa=not same_size(shape_of(key)[1], site.num_heads),
-                )
-            else:
-                rules = (visible, site.sinks, False, site.scale, site.softcap)
-                out = emit.call(kernels.attention.SPEC.overload, site.query, key, value, *rules)
-            out = self.in_layout_of(emit, out, site.node)
+            _, out = self._attend_to_computed(planned, region, latents, visible)
         site.node.replace_all_uses_with(out)
         self.return_grown(planned, opened.past)
+
+    def _recompress_latents(self, planned: PlannedSite, region: Region, policy: str) -> None:
+        """Attend to a latent cache and several new tokens, and keep the best of all of it."""
+        site, mask, emit = planned.site, planned.mask, self.emit(planned)
+        opened = self.open(planned, appends=0)
+        lengths = [self.inputs.add_host_length(opened.past, name) for name in ("tail_length", "prefix_length")]
+        with self.graph.inserting_before(site.node):
+            new, padding = self.new(emit, planned), self.columns(planned)
+            laid = emit.call(
+                kernels.lay_out.SPEC.overload,
+                *new,
+                *(opened.parts[name] for name in STORE_TENSORS if name != "cursor"),
+                *lengths,
+                *(self.lookup(planned), padding, mask.sliding_window),
+            )
+            *latents, visible, at = (emit.call(operator.getitem, laid, i) for i in range(4))
+            key, out = self._attend_to_computed(planned, region, latents, visible)
+            scores = emit.call(
+                self.op(kernels.observe.SPEC, planned),
+                *(site.query, key, visible, emit.call(aten.ge.Scalar, at, 0), None, site.sinks),
+                *(site.scale, None, site.softcap, policy),
+            )
+            tokens = self.length(emit, new[0])
+            length = emit.call(operator.add, emit.call(operator.add, *lengths), tokens)
+            kept = emit.call(
+                kernels.retain.SPEC.overload,
+                *(self.of_one_head(emit, scores, policy), at, *latents, length, padding, mask.sliding_window, policy),
+                mask.lookup is None or mask.bias,
+            )
+            keys, values, offsets, positions = (emit.call(operator.getitem, kept, i) for i in range(4))
+        site.node.replace_all_uses_with(out)
+        made = (keys, values, offsets, positions)
+        self.return_made(planned, made, tokens, opened.past, self.cached_length(planned.key))
+
+    def _attend_to_computed(
+        self, planned: PlannedSite, region: Region, latents: Sequence[fx.Node], visible: fx.Node
+    ) -> tuple[fx.Node, fx.Node]:
+        """Compute keys and values of cached latents and attend to them; return the keys and the result."""
+        site, emit = planned.site, self.emit(planned)
+        sources = {
+            update.whole: emit.arrange(operand.axes, latent, tuple(map(tuple, operand.order)), update.dims)
+            for (update, which), latent in zip(kinds(planned), latents, strict=True)
+            for operand in (site.operand(which),)
+        }
+        made = clone(emit, region, sources, emit.call(aten.sym_size.int, latents[0], 2))
+        key, value = (made[cast("fx.Node", operand)] for operand in site.node.args[1:3])
+        if site.is_plain:
+            out = emit.call(
+                aten.scaled_dot_product_attention.default,
+                *(site.query, key, value, visible, 0.0, False),
+                scale=site.scale,
+                enable_gqa=not same_size(shape_of(key)[1], site.num_heads),
+            )
+        else:
+            rules = (visible, site.sinks, False, site.scale, site.softcap)
+            out = emit.call(kernels.attention.SPEC.overload, site.query, key, value, *rules)
+        return key, self.in_layout_of(emit, out, site.node)
 
     def _attend(self, planned: PlannedSite) -> fx.Node | None:
         """Let the chosen backend compute a prompt's attention; return its log-sum-exp if ``observe`` can use it."""

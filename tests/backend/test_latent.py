@@ -30,7 +30,9 @@ class Latent(nn.Module):
         self.up = nn.Linear(RANK, HEADS * 32, bias=False)
         self.expand, self.flat = expand, flat
 
-    def forward(self, x: Tensor, cache: Cache | None = None, seen: Tensor | None = None) -> tuple[Tensor, Cache]:
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, seen: Tensor | None = None, real: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
         q = self.q(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
         latent, turned = self.down(x).split([RANK, TURNED], -1)
         if not self.flat:
@@ -44,6 +46,8 @@ class Latent(nn.Module):
         keys, values = wide.unflatten(-1, (HEADS, 32)).transpose(1, 2).split([16, 16], -1)
         k = torch.cat([keys, turned.expand(-1, HEADS, -1, -1)], -1)
         mask = causal(q.shape[2], k.shape[2]) if seen is None else seen
+        if real is not None:
+            mask = mask & real[:, None, None, :]
         return F.scaled_dot_product_attention(q, k, values, attn_mask=mask).transpose(1, 2).flatten(2), present
 
 
@@ -83,7 +87,9 @@ def test_a_small_budget_is_attention_without_the_evicted_entries(method: str) ->
         assert isinstance(turned, CompressedKV)
         (dense, held), (other, same) = latent.dense(), turned.dense()
         assert torch.equal(held, same)
-        assert held.sum((1, 2)).tolist() == [12 + begin - LENGTH] * 2, "one head keeps the budget"
+        # Three tokens at once are a second turn, after which the budget holds again.
+        count = 12 + begin - LENGTH if begin < x.shape[1] - 1 else 12
+        assert held.sum((1, 2)).tolist() == [count] * 2, "one head keeps the budget"
         seen = F.pad(held[:, :, None, :], (0, end - begin), value=True) & causal(end - begin, end)
         with torch.no_grad():
             expected, _ = model(x[:, begin:end], (dense, other), seen)
@@ -103,6 +109,33 @@ def test_what_is_kept_is_what_all_heads_look_at_on_average() -> None:
         scores = logits.softmax(-1)[:, :, -4:].mean((1, 2))[0, :-4]
     best = scores.topk(8).indices.sort().values
     assert torch.equal(latent.positions(0, 0)[:8], best)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_second_turn_keeps_what_its_own_queries_look_at(padded: bool) -> None:
+    model, x = Latent(), torch.randn(2, LENGTH + 6, 64)
+    options = OPTIONS | {"strict": True, "method": "snapkv", "kernel_size": 1}
+    compiled = torch.compile(model, backend="adakv", options=options, dynamic=True)
+    tokens = torch.ones(2, x.shape[1], dtype=torch.bool)
+    if padded:
+        tokens[0, :5] = False
+    with torch.no_grad():
+        _, cache = compiled(x[:, :LENGTH], None, None, tokens[:, :LENGTH] if padded else None)
+        (dense, held), (turned, _) = (view.dense() for view in cache)
+        before = [store.positions(0, 0).tolist() for store in cache]
+        _, (latent, _) = compiled(x[:, LENGTH:], cache, None, tokens if padded else None)
+        assert [store.positions(0, 0).tolist() for store in cache] == before, "another turn can follow the first cache"
+        q = model.q(x[:, LENGTH:]).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        low, late = model.down(x[:, LENGTH:]).split([RANK, TURNED], -1)
+        low, late = torch.cat([dense[:, 0], low], 1), torch.cat([turned[:, 0], late], 1)
+        keys = model.up(low).unflatten(-1, (HEADS, 32)).transpose(1, 2)[..., :16]
+        k = torch.cat([keys, late[:, None].expand(-1, HEADS, -1, -1)], -1)
+        visible = F.pad(held[:, :, None], (0, 6), value=True) & causal(6, x.shape[1]) & tokens[:, None, None]
+        weights = (q @ k.mT / 24**0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+        scores = weights[:, :, -4:].mean((1, 2))[:, :-4].masked_fill(~visible[:, 0, -1, :-4], -1)
+    for row in range(2):
+        assert torch.equal(latent.positions(row, 0)[:8], scores[row].topk(8).indices.sort().values)
+        assert latent.positions(row, 0)[8:].tolist() == [LENGTH + i for i in range(2, 6)]
 
 
 OTHER: dict[str, Callable[[Latent, Tensor], Tensor]] = {

@@ -8,6 +8,7 @@ import torch
 
 from adakv_compile.kernels._checks import check_mask, check_softmax
 from adakv_compile.kernels._ragged import Entries, ragged_entries, tail_entries, weights
+from adakv_compile.kernels._retention import choose
 from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
 from adakv_compile.kernels.compact.reference import head_of_slots
@@ -19,8 +20,7 @@ from adakv_compile.kernels.decode_attention.reference import (
     visibility_of,
 )
 from adakv_compile.kernels.select.reference import capacity, pack
-from adakv_compile.policy import Policy, layer_budget
-from adakv_compile.policy import select as select_entries
+from adakv_compile.policy import Policy
 
 __all__ = ["Extended", "extend", "extended_slots", "real_positions"]
 
@@ -102,21 +102,9 @@ def extend(
         valid &= real[:, None]
     slots = extended_slots(policy, num_heads, keys.shape[1], fresh, length, sliding_window, padding is not None, evict)
     if evict:
-        live = length if sliding_window is None else min(length, sliding_window - 1)
-        valid[..., : length - live].fill_(False)
         rules = Policy.decode(policy)
         scores = _scores(rules, entries, query, softmax, visibility, valid.shape, real)
-        order = torch.arange(length, device=keys.device)
-        tokens = (
-            torch.full((keys.shape[0],), live, device=keys.device) if real is None else real[:, length - live :].sum(-1)
-        )
-        valid = select_entries(
-            rules,
-            scores,
-            valid,
-            protected=(order >= length - rules.window).expand(keys.shape[0], 1, length),
-            total=num_heads * layer_budget(rules, tokens),
-        )
+        valid = choose(rules, scores, valid, real, sliding_window)
     kept, new_offsets = pack(valid, slots)
     head = head_of_slots(new_offsets, slots)
     unused = head == num_heads
