@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 import adakv_compile
 from adakv_compile.backend import adakv
+from adakv_compile.cli import evaluate
 from adakv_compile.cli.errors import CommandError, require
-from adakv_compile.errors import AdaKVError
+from adakv_compile.cli.screen import clear_errors
 
 if TYPE_CHECKING:
     from adakv_compile.cli.generate import Run, Settings
@@ -32,6 +31,7 @@ app = typer.Typer(
     # A traceback of ours is a defect, and is wanted whole and plain.
     pretty_exceptions_enable=False,
 )
+app.add_typer(evaluate.app, name="eval")
 
 Model = Annotated[str, typer.Option("--model", help="Folder of a model, or its name on the hub.", show_default=False)]
 Budget = Annotated[
@@ -91,7 +91,7 @@ def generate(
 ) -> None:
     """Continue a text with a compressed cache; the text goes to standard output, all else to standard error."""
     screen = Console(stderr=True)
-    with _clear_errors(screen):
+    with clear_errors(screen):
         for output in (plot, json_file):
             _check_output(output)
         if plot is not None:
@@ -146,7 +146,7 @@ def explain(
 ) -> None:
     """Tell for every attention of a model whether its cache can be compressed, and if not, why."""
     screen = Console(stderr=True)
-    with _clear_errors(screen):
+    with clear_errors(screen):
         _check_output(json_file)
         require("transformers", "transformers")
         options = _options({"budget": budget, "method": method, "window": window}, option)
@@ -167,24 +167,6 @@ def explain(
         typer.echo(str(report))
         if json_file is not None:
             json_file.write_text(report.json(), encoding="utf-8")
-
-
-@contextmanager
-def _clear_errors(screen: Console) -> Generator[None]:
-    """Show what the package raises on purpose as one message, and its warnings without their source lines."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        screen.print(f"[yellow]warning:[/yellow] {escape(str(message))}", soft_wrap=True)
-
-    before = warnings.showwarning
-    warnings.showwarning = show
-    try:
-        yield
-    except AdaKVError as error:
-        screen.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from error
-    finally:
-        warnings.showwarning = before
 
 
 def _options(named: dict[str, object], pairs: list[str] | None) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from adakv_compile.evaluation.errors import EvaluationError, need
 from adakv_compile.evaluation.longbench import DATASETS
 
-__all__ = ["FETCH", "QMSUM_TASK", "is_qmsum", "load_rows", "qmsum_rows"]
+__all__ = ["FETCH", "QMSUM_TASK", "collect", "is_qmsum", "load_rows", "qmsum_rows"]
 
 _REPOSITORY: Final = "THUDM/LongBench"
 _ARCHIVE: Final = "data.zip"
@@ -112,3 +112,32 @@ def _queries(meeting: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             "all_classes": None,
             "length": len(context.split()),
         }
+
+
+def collect(
+    chosen: Sequence[str], folder: Path | None, count: int
+) -> dict[str, tuple[str, Sequence[Mapping[str, Any]]]]:
+    """Return the rows of several data sets, by the name that their results get.
+
+    From a folder with QMSum's own transcripts ``qmsum`` is taken, under the name :data:`QMSUM_TASK`, and only that.
+
+    Args:
+        chosen: Names in :data:`adakv_compile.evaluation.longbench.DATASETS`.
+        folder: As for :func:`load_rows`.
+        count: First rows of each; 0 for all.
+
+    Returns:
+        For each name the data set whose prompt and metric apply, and its rows.
+
+    Raises:
+        EvaluationError: A data set isn't there.
+    """
+    if folder is not None and not folder.is_dir():
+        raise EvaluationError(f"there is no folder {str(folder)!r}; fetch LongBench with: {FETCH} --local-dir {folder}")
+    if folder is not None and is_qmsum(folder) and list(chosen) == ["qmsum"]:
+        return {QMSUM_TASK: ("qmsum", _first(qmsum_rows(folder), count))}
+    return {dataset: (dataset, _first(load_rows(dataset, folder), count)) for dataset in chosen}
+
+
+def _first(rows: Sequence[Mapping[str, Any]], count: int) -> Sequence[Mapping[str, Any]]:
+    return [rows[index] for index in range(min(count or len(rows), len(rows)))]
