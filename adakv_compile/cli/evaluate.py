@@ -183,7 +183,7 @@ def longbench(
         from adakv_compile.evaluation.answer import positions_of
         from adakv_compile.evaluation.longbench_rows import collect
 
-        for package in ("datasets", "rouge", "rapidfuzz"):
+        for package in ("rouge", "rapidfuzz"):
             need(package)
         chosen = _known("data set", _items(datasets), benchmark.DATASETS)
         rows = collect(chosen, data, count)

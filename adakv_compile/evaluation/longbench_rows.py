@@ -1,8 +1,13 @@
-"""Where LongBench's rows come from: the hub's archive, a folder with it, or QMSum's own transcripts."""
+"""Where LongBench's rows come from: the hub's archive, a folder with it, or QMSum's own transcripts.
+
+On the hub LongBench is an archive with a loading script, and the library ``datasets`` runs none from version 4 on.
+So the archive itself is fetched, and its JSON lines are read as they are.
+"""
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,47 +38,49 @@ def load_rows(dataset: str, folder: Path | None) -> Sequence[Mapping[str, Any]]:
     Raises:
         EvaluationError: The rows aren't there, or their number is not that of LongBench.
     """
-    need("datasets")
-    import datasets
-
-    source = _hub() if folder is None else _in_folder(dataset, folder)
+    source, text = _from_archive(dataset, _hub()) if folder is None else _in_folder(dataset, folder)
     try:
-        rows = datasets.load_dataset("json", data_files=source.format(dataset=dataset), split="train")
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise EvaluationError(f"{source.format(dataset=dataset)!r} can't be read: {error}") from error
+        rows: list[Mapping[str, Any]] = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise EvaluationError(f"{source} holds no JSON lines: {error}") from error
     expected = DATASETS[dataset].rows
     if len(rows) != expected:
         raise EvaluationError(
-            f"{dataset} has {len(rows)} rows in {source.format(dataset=dataset)!r}; LongBench has {expected}: figures "
-            "would not be comparable"
+            f"{dataset} has {len(rows)} rows in {source}; LongBench has {expected}: figures would not be comparable"
         )
     return rows
 
 
-def _hub() -> str:
+def _hub() -> Path:
     need("huggingface_hub")
     from huggingface_hub import hf_hub_download
 
     try:
-        path = hf_hub_download(_REPOSITORY, _ARCHIVE, repo_type="dataset")
+        return Path(hf_hub_download(_REPOSITORY, _ARCHIVE, repo_type="dataset"))
     except (OSError, ValueError) as error:
         raise EvaluationError(
             f"LongBench is not on this machine and the hub did not provide it; fetch it where there is a network with: "
             f"{FETCH}\nand, if it was moved here by hand, name its folder with --data"
         ) from error
-    return _inside(Path(path))
 
 
-def _inside(archive: Path) -> str:
-    return f"zip://data/{{dataset}}.jsonl::{archive}"
+def _from_archive(dataset: str, archive: Path) -> tuple[str, bytes]:
+    """Return the name and the content of a file in the archive."""
+    try:
+        with zipfile.ZipFile(archive) as files:
+            return f"{str(archive)!r}", files.read(f"data/{dataset}.jsonl")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise EvaluationError(
+            f"{str(archive)!r} is not LongBench's archive: {error}; fetch it with: {FETCH}"
+        ) from error
 
 
-def _in_folder(dataset: str, folder: Path) -> str:
+def _in_folder(dataset: str, folder: Path) -> tuple[str, bytes]:
     for candidate in (folder / f"{dataset}.jsonl", folder / "data" / f"{dataset}.jsonl"):
         if candidate.is_file():
-            return str(candidate)
+            return f"{str(candidate)!r}", candidate.read_bytes()
     if (folder / _ARCHIVE).is_file():
-        return _inside(folder / _ARCHIVE)
+        return _from_archive(dataset, folder / _ARCHIVE)
     raise EvaluationError(
         f"{str(folder)!r} holds neither {_ARCHIVE} nor {dataset}.jsonl; fetch them with: {FETCH} --local-dir {folder}"
     )

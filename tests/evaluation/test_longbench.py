@@ -119,9 +119,7 @@ def write(folder: Path, dataset: str, rows: int) -> None:
     (folder / f"{dataset}.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
-def test_rows_of_a_folder_and_of_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_rows_of_a_folder_and_of_the_archive(tmp_path: Path) -> None:
     write(tmp_path / "data", "multifieldqa_en", 150)
     assert longbench_rows.load_rows("multifieldqa_en", tmp_path)[149]["context"] == "context 149"
     apart = tmp_path / "apart"
@@ -134,9 +132,27 @@ def test_rows_of_a_folder_and_of_the_archive(tmp_path: Path, monkeypatch: pytest
 
 
 def test_another_number_of_rows_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     write(tmp_path, "qasper", 199)
     with pytest.raises(EvaluationError, match=r"199 rows .* LongBench has 200"):
+        longbench_rows.load_rows("qasper", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"PK no archive", "is not LongBench's archive"), (None, "is not LongBench's")]
+)
+def test_a_damaged_archive_is_refused(tmp_path: Path, content: bytes | None, told: str) -> None:
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            archive.writestr("data/other.jsonl", "{}")
+    else:
+        (tmp_path / "data.zip").write_bytes(content)
+    with pytest.raises(EvaluationError, match="is not LongBench's archive"):
+        longbench_rows.load_rows("qasper", tmp_path)
+
+
+def test_a_file_without_json_lines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "qasper.jsonl").write_text("<html>", encoding="utf-8")
+    with pytest.raises(EvaluationError, match="holds no JSON lines"):
         longbench_rows.load_rows("qasper", tmp_path)
 
 
@@ -144,7 +160,6 @@ def test_another_number_of_rows_is_refused(tmp_path: Path) -> None:
 def test_missing_rows_are_told_with_the_command_that_fetches_them(
     tmp_path: Path, folder: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("datasets")
     import huggingface_hub
 
     def offline(*_: Any, **__: Any) -> str:
