@@ -34,6 +34,7 @@ __all__ = [
     "declare_inputs",
     "fake_mode_of_this_compile",
     "fresh_size",
+    "guard_if_equal",
     "is_fake",
     "is_kept_by_module",
     "mode_patches",
@@ -118,6 +119,16 @@ def fresh_size(fake_mode: FakeTensorMode, name: str, hint: int, *, at_least_two:
     size = env.create_symintnode(symbol, hint=hint, source=source)
     assert isinstance(size, torch.SymInt)
     return size
+
+
+def guard_if_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> None:
+    """Let Dynamo guard that two sizes are equal, if they are so now.
+
+    From then on they are the same expression. A later call in which they differ gets a graph of its own.
+    """
+    hints = [size.node.hint if isinstance(size, torch.SymInt) else size for size in (a, b)]
+    if hints[0] is not None and hints[0] == hints[1]:
+        bool(a == b)
 
 
 def symbols_of(sizes: Iterable[int | torch.SymInt]) -> frozenset[object]:

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -62,8 +62,9 @@ class Assumed:
         self._address = tensor.data_ptr()
         self._version = tensor._version  # pyright: ignore[reportPrivateUsage]
 
-    def holds(self, argument: Tensor) -> bool:
+    def holds(self, args: Sequence[Any]) -> bool:
         """Tell whether an argument is that tensor, not written to since."""
+        argument = cast("Tensor", args[self.index])
         same = argument is self._tensor() and argument.data_ptr() == self._address
         return same and argument._version == self._version  # pyright: ignore[reportPrivateUsage]
 
@@ -78,14 +79,15 @@ class CausalMask:
 
     index: int
 
-    def holds(self, argument: Tensor) -> bool:
+    def holds(self, args: Sequence[Any]) -> bool:
         """Tell whether every real token, the last one among them, sees itself and the real tokens before it.
 
         Waits for the device.
 
         Args:
-            argument: ``[B or 1, 1, T, T]`` bool.
+            args: All arguments; the mask is ``[B or 1, 1, T, T]`` bool.
         """
+        argument = cast("Tensor", args[self.index])
         real = argument[:, :, -1:, :]
         causal = torch.ones(argument.shape[-2:], dtype=torch.bool, device=argument.device).tril_()
         if bool(((argument == (causal & real)) | ~real.mT).all() & real[..., -1].all()):

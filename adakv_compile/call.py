@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, Final, Literal, cast
 
 from adakv_compile.assumptions import Assumed, Assumption, CausalMask
+from adakv_compile.block_masks import BlockTable
 from adakv_compile.buffer_call import Buffer, bind_buffers
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
 from adakv_compile.runtime.compressed import CompressedKV, Kind, make_view
@@ -158,7 +159,7 @@ class Boundary:
     inputs: tuple[Input, ...]
     pasts: tuple[Past, ...]
     outputs: tuple[Output, ...]
-    assumed: tuple[Assumed | CausalMask, ...] = ()
+    assumed: tuple[Assumed | CausalMask | BlockTable, ...] = ()
     buffers: tuple[Buffer, ...] = ()
 
 
@@ -191,13 +192,13 @@ def bind(
             return compiled if usual else cast("Assumption", sizes).otherwise
 
         def is_as_assumed(args: Sequence[Any]) -> bool:
-            return all(assumption.holds(args[assumption.index]) for assumption in assumed)
+            return all(assumption.holds(args) for assumption in assumed)
 
         return bind_buffers(boundary.buffers, getters, graph_for, fallback, wrapped, is_as_assumed)
 
     def run(*args: Any) -> Sequence[Any]:
         for assumption in assumed:
-            if not assumption.holds(args[assumption.index]):
+            if not assumption.holds(args):
                 return fallback(*args)
         stores: list[LayerStore] = []
         for past in pasts:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
+from adakv_compile.block_masks import BlockTable
 from adakv_compile.runtime.compressed import CompressedKV
 from adakv_compile.runtime.layout import Layout
 
@@ -47,6 +48,8 @@ class Program:
         fake_mode: The mode all fakes live in.
         spelled: Attention operators that were added for attentions which the model writes out, and what they stand for.
         superseded: What only those written-out attentions need.
+        refused: Operators that attend and were not understood, and why.
+        checks: What must hold of the arguments of every call.
     """
 
     module: fx.GraphModule
@@ -59,6 +62,8 @@ class Program:
     fake_mode: _torch.FakeTensorMode
     spelled: Mapping[fx.Node, Spelled] = field(default_factory=dict[fx.Node, Spelled])
     superseded: frozenset[fx.Node] = frozenset()
+    refused: Mapping[fx.Node, str] = field(default_factory=dict[fx.Node, str])
+    checks: tuple[BlockTable, ...] = ()
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:

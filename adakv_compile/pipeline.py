@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -152,7 +152,9 @@ def _rewrite_and_compile(
         fallback = gm.forward
         if rewritten.boundary.buffers:
             fallback = _torch.compile_when_called(gm, options.inner, _patches(options))
-        return bind(rewritten.boundary, inner, fallback, assumption), snapshot, None
+        boundary = rewritten.boundary
+        boundary = replace(boundary, assumed=(*boundary.assumed, *program.checks))
+        return bind(boundary, inner, fallback, assumption), snapshot, None
     except Exception as error:  # noqa: BLE001  (the one fallback: whatever fails, the graph runs as without us)
         return None, "", _failure(Reason.REWRITE, error, options)
 
@@ -171,7 +173,7 @@ def _prepare_replay(gm: fx.GraphModule, rewritten: Rewritten, stages: _Stages) -
 def _mentions_attention(gm: fx.GraphModule) -> bool:
     """Whether capturing can pay: only graphs that call an attention or a softmax are looked at."""
     calls = (str(node.target) for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
-    return any("attention" in call or "softmax" in call for call in calls)
+    return any("attention" in call or "attn" in call or "softmax" in call for call in calls)
 
 
 def _unread_pasts(program: Program, plan: Plan) -> bool:

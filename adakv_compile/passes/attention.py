@@ -157,8 +157,10 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
         elif node.target in _LOG_SOFTMAXES and _is_weights(node):
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, "by logarithms", source_line(node))))
-        elif node.op == "call_function" and _is_named_attention(str(node.target)):
-            found.append(Unsupported(node, Refusal(Reason.OPERATOR, str(node.target), source_line(node))))
+        elif node.op == "call_function" and node not in program.superseded and _is_named_attention(str(node.target)):
+            why = program.refused.get(node)
+            detail = str(node.target) if why is None else f"{node.target}: {why}"
+            found.append(Unsupported(node, Refusal(Reason.OPERATOR, detail, source_line(node))))
     return tuple(found)
 
 

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from adakv_compile.block_masks import BlockTable
 from adakv_compile.capture import Program, Spelled
 from adakv_compile.kernels import attention
 from adakv_compile.passes.emit import Emitter
+from adakv_compile.passes.flex import FLEX, write_out
 from adakv_compile.passes.literals import Factor, NotUnderstoodError
 from adakv_compile.passes.logits import Part, scale_of
 from adakv_compile.passes.nodes import same_layout, same_size, shape_of
@@ -35,8 +37,19 @@ def normalise(program: Program) -> Program:
         The program that knows which results stand for which.
     """
     spelled: dict[fx.Node, Spelled] = {}
+    refused: dict[fx.Node, str] = {}
+    checks: dict[object, BlockTable] = {}
     for node in list(program.module.graph.nodes):
-        if node.target in SOFTMAXES:
+        if node.target is FLEX:
+            try:
+                call, stood_for, check = _written_out(program, node)
+            except NotUnderstoodError as failure:
+                refused[node] = str(failure)
+                continue
+            spelled[call] = stood_for
+            if check is not None:
+                checks[(check.tables, check.block, check.visible.code)] = check
+        elif node.target in SOFTMAXES:
             try:
                 meaning = understand(node)
                 if meaning.product in program.outputs:
@@ -46,10 +59,37 @@ def normalise(program: Program) -> Program:
             except NotUnderstoodError:
                 continue
             spelled[call] = Spelled(result, meaning.product)
-    if not spelled:
-        return program
     superseded = _only_for(stood_for.original for stood_for in spelled.values())
-    return dataclasses.replace(program, spelled=spelled, superseded=superseded)
+    return dataclasses.replace(
+        program, spelled=spelled, superseded=superseded, refused=refused, checks=tuple(checks.values())
+    )
+
+
+def _written_out(program: Program, node: fx.Node) -> tuple[fx.Node, Spelled, BlockTable | None]:
+    """Add the operator for an attention that is written out first, by :mod:`adakv_compile.passes.flex`.
+
+    Raises:
+        NotUnderstoodError: It can't be; nothing was changed.
+    """
+    graph = program.module.graph
+    emit = Emitter(graph, program.fake_mode, node)
+    try:
+        written = write_out(program, node, emit)
+        original = written.original
+        if original in program.outputs:
+            raise NotUnderstoodError("its result is returned as it is")
+        with graph.inserting_before(original.next):
+            writer = _Writer(program, written.softmax, understand(written.softmax))
+            call, result = writer.write()
+            result = writer.lay_out_as(original, result)
+    except NotUnderstoodError:
+        emit.undo()
+        raise
+    original.replace_all_uses_with(result)
+    for spare in reversed(emit.made):
+        if not spare.users:
+            graph.erase_node(spare)
+    return call, Spelled(result, original), written.check
 
 
 def why_not_attention(softmax: fx.Node) -> str:
@@ -105,6 +145,22 @@ class _Writer:
         except NotUnderstoodError:
             self._emit.undo()
             raise
+
+    def lay_out_as(self, original: fx.Node, result: fx.Node) -> fx.Node:
+        """Give ``[B, H, T, D]`` the memory layout that views behind it were traced for: that of the queries, as a rule.
+
+        Raises:
+            NotUnderstoodError: It is another one; nothing was changed.
+        """
+        if same_layout(result, original):
+            return result
+        rows = self._emit.call(aten.transpose.int, result, 1, 2)
+        rows = self._emit.call(aten.clone.default, rows, memory_format=torch.contiguous_format)
+        result = self._emit.call(aten.transpose.int, rows, 1, 2)
+        if not same_layout(result, original):
+            self._emit.undo()
+            raise NotUnderstoodError(f"its result has strides {original.meta['val'].stride()}")
+        return result
 
     def _write(self) -> tuple[fx.Node, fx.Node]:
         meaning, emit = self._meaning, self._emit

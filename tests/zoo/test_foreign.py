@@ -31,7 +31,7 @@ STATUS: dict[str, str] = {
     "differential": "SPELLED_OUT",
     "mha": "NO_CACHE",
     "cross": "CACHE_FORM compressed",
-    "flex": "OPERATOR",
+    "flex": "compressed",
     "flex_inside": "CAPTURE",
     "scaled_mask": "compressed",
     "value_first": "compressed",
