@@ -110,6 +110,8 @@ def _judge(row: Row, trial: Trial) -> None:
     serious = {site.refusal.reason for site in trial.sites if site.refusal is not None} - {Reason.NO_CACHE}
     if trial.stores:
         row.status = "compressed" if row.compressed == row.attentions else "partly compressed"
+    elif not trial.has_cache:
+        row.status = "nothing to compress"
     elif serious or any(graph.refusal is not None for graph in trial.prompt):
         row.status = "refused"
     else:
