@@ -1,0 +1,1 @@
+"""Ada-KV's theory, measured: ``python -m benchmarks.theory``."""
