@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -75,21 +76,19 @@ class Records:
 
     def __init__(self, directory: Path, configuration: Mapping[str, Any]) -> None:
         self.directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            _claim(directory, configuration)
-            path = directory / RECORDS
-            self._file = path.open("ab")
-        except OSError as error:
-            raise EvaluationError(f"can't write to {str(directory)!r}: {error.strerror or error}") from error
-        try:
+        with ExitStack() as undo:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                _claim(directory, configuration)
+                path = directory / RECORDS
+                self._file = undo.enter_context(path.open("ab"))
+            except OSError as error:
+                raise EvaluationError(f"can't write to {str(directory)!r}: {error.strerror or error}") from error
             _lock(self._file.fileno(), directory)
             self.done, whole = read(path)
             # Not before the lock: the half line may be one that another run is just writing.
             self._file.truncate(whole)
-        except BaseException:
-            self._file.close()
-            raise
+            undo.pop_all()
 
     def append(self, record: Record) -> None:
         """Write a record; it is on disk when this returns.
@@ -100,10 +99,12 @@ class Records:
         key = key_of(record)
         if key in self.done:
             raise ValueError(f"there is a record of {key} already")
+        line = json.dumps(record, allow_nan=False)
         # One write of a whole line: whatever ends the process leaves at most the last one incomplete.
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
-        self.done[key] = record
+        # As it will be read again, so that tables don't depend on which run an answer is from.
+        self.done[key] = json.loads(line)
 
     def __enter__(self) -> Records:
         return self
