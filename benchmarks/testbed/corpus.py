@@ -118,7 +118,8 @@ class Corpus:
         """
         rng = self.random
         haystack = self._choose(_HAYSTACKS)
-        kind = rng.choices([kind for kind, _ in _VALUES], [share for _, share in _VALUES])[0]
+        kinds: list[niah.Kind] = [kind for kind, _ in _VALUES]
+        kind = rng.choices(kinds, [share for _, share in _VALUES])[0]
         if length < _LONG_VALUE and kind == "uuids":
             kind = "numbers"
         long = kind == "uuids"

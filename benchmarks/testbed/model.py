@@ -18,6 +18,8 @@ __all__ = ["MAX_LENGTH", "WEIGHTS", "build", "save", "warm_start"]
 #: Longest context of the training.
 MAX_LENGTH: Final = 2048
 
+_EMBEDDING: Final = "model.embed_tokens.weight"
+
 WEIGHTS: Final = Path(__file__).parent / "weights"
 
 
@@ -63,7 +65,7 @@ def warm_start(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, se
         seed: Seed of the rows that are drawn.
     """
     source = retriever.load()
-    table = source.get_input_embeddings().weight.detach().double().numpy()
+    table = source.state_dict()[_EMBEDDING].double().numpy()
     rng = np.random.default_rng(seed)
     rows = np.empty((len(tokenizer), table.shape[1]))
     spread = {
@@ -84,7 +86,7 @@ def warm_start(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, se
         mean, factor = spread[part]
         rows[number] = mean + factor @ rng.standard_normal(table.shape[1])
     state = source.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in (_EMBEDDING, "lm_head.weight"):
         state[name] = torch.from_numpy(rows).float()
     network.load_state_dict(state)
 
