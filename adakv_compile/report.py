@@ -20,7 +20,10 @@ class Reason(Enum):
     OPERATOR = "the attention is computed by an operator whose meaning is not known"
     DROPOUT = "the attention drops probabilities; put the model in evaluation mode"
     HEADS = "the query heads are not a multiple of the key heads, or keys and values have different heads"
-    CACHE_FORM = "the cache is not updated by concatenating new entries along the sequence"
+    CACHE_FORM = (
+        "the cache is not updated in a way that is understood: new entries concatenated along the sequence, or written "
+        "into a preallocated buffer at known positions"
+    )
     CACHE_CONSUMER = "the cached keys or values are also read by something other than this attention"
     KEY_VALUE_MISMATCH = "keys and values are not updated in the same way"
     MASK_UNPROVEN = "the meaning of the attention mask could not be proved"

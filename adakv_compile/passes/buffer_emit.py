@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from adakv_compile.passes.buffer_plan import BufferUse
+from adakv_compile.passes.buffers import BufferWrite
 from adakv_compile.passes.emit import Emitter
 from adakv_compile.passes.nodes import shape_of
 
@@ -69,13 +70,26 @@ def turn(emit: Emitter, use: BufferUse, columns: Size) -> Turned:
     write = use.key
     count = emit.size(columns)
     if isinstance(write.index, fx.Node) and isinstance(write.index.meta["val"], torch.Tensor):
-        end = emit.call(aten.add.Tensor, emit.call(aten.select.int, write.index, 0, -1), 1)
+        end = emit.call(aten.add.Tensor, _last(emit, write, write.index), 1)
     else:
         end = _end_of_slice(emit, write.index, shape_of(write.new)[write.sequence_dim])
     numbers = emit.call(aten.arange.default, count, dtype=torch.int64, device=write.new.meta["val"].device)
     ahead = emit.call(aten.add.Tensor, numbers, end)
     slots = emit.call(aten.remainder.Scalar, ahead, count)
     return Turned(emit, count, end, slots, emit.call(aten.ge.Scalar, ahead, count))
+
+
+def _last(emit: Emitter, write: BufferWrite, index: fx.Node) -> fx.Node:
+    """Return the slot of the last new entry from their slots, which are the same for all rows and heads."""
+    if index.meta["val"].dtype is not torch.bool:
+        while shape_of(index):
+            index = emit.call(aten.select.int, index, 0, -1)
+        return index
+    while len(shape_of(index)) > len(write.dims) - write.sequence_dim:
+        index = emit.call(aten.select.int, index, 0, 0)
+    while len(shape_of(index)) > 1:
+        index = emit.call(aten.select.int, index, 1, 0)
+    return emit.call(aten.argmax.default, emit.call(aten._to_copy.default, index, dtype=torch.int32))
 
 
 def _end_of_slice(emit: Emitter, start: int | fx.Node, tokens: Size) -> int | fx.Node:

@@ -20,11 +20,24 @@ from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.masks import MaskKind, MaskProof, MaskProver
 from adakv_compile.passes.nodes import same_size, shape_of, skip_no_ops, source_line, static_int
 from adakv_compile.passes.positions import HostNumbers, Start
+from adakv_compile.passes.rolled import room_of_newest
 from adakv_compile.report import Reason, Refusal
 from adakv_compile.runtime.layout import STANDARD
-from adakv_compile.symbolic.expr import Expr, Iota, Load, add, integer
+from adakv_compile.symbolic.expr import (
+    Compare,
+    Expr,
+    Iota,
+    Load,
+    Size,
+    add,
+    axes_of,
+    integer,
+    linear,
+    scale,
+    substitute,
+)
 
-__all__ = ["BufferSite", "BufferUse", "Buffers"]
+__all__ = ["BufferSite", "BufferUse", "Buffers", "share"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,9 @@ class BufferUse:
     def __str__(self) -> str:
         whose = "owned by the caller" if self.call.key.argument is not None else "made in this call"
         return (
-            f"buffer of {self.key.slots} slots {whose}, stays dense; attention reads the kept entries only, where the"
-            " last several-token call was compressed and nothing else wrote to it"
+            f"buffer of {self.key.slots} slots {whose}, stays dense, and what is kept lies beside it: attention reads"
+            " less, memory is not saved; this holds where the last several-token call was compressed and nothing else"
+            " wrote to the buffer"
         )
 
 
@@ -70,6 +84,18 @@ class BufferSite:
     value: CacheUpdate
     proof: MaskProof
     use: BufferUse
+
+
+def share(sites: Sequence[BufferSite]) -> BufferUse:
+    """Return how the first of several attentions to one layer's buffers treats them: as all of them need it.
+
+    Args:
+        sites: The attentions, in order.
+    """
+    calls = [site.use.call for site in sites]
+    same = dict.fromkeys(position for call in calls for position in call.same)
+    facts = dict.fromkeys(fact for call in calls for fact in call.facts)
+    return dataclasses.replace(sites[0].use, call=dataclasses.replace(calls[0], same=tuple(same), facts=tuple(facts)))
 
 
 class Buffers:
@@ -94,10 +120,13 @@ class Buffers:
         given = self._given(indices) if indices else {}
         self._prover = MaskProver(program.module.graph, constants, given)
         self._numbers = HostNumbers(program, self._prover.reader.sizes)
-        self._taken: set[fx.Node] = set()
+        self._taken: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
 
     def decide(self, site: AttentionSite) -> BufferSite | Refusal | None:
         """Return what is done with an attention; ``None`` if its cache is no buffer."""
+        room = room_of_newest(self._program, site)
+        if room is not None:
+            return _moving(room, self._options.budget)
         writes = self._writes[site.node]
         if writes is None:
             return None
@@ -107,8 +136,11 @@ class Buffers:
         key, value = (write for write in writes if isinstance(write, BufferWrite))
         if self._program.compressed:
             return _refused("other attentions of this graph have a compressed cache")
-        if {key.buffer, value.buffer} & self._taken or key.buffer is value.buffer:
-            return _refused("it is read by several attentions, or holds keys and values")
+        if key.buffer is value.buffer:
+            return _refused("it holds keys and values")
+        pair = (key.written, value.written)
+        if any(self._taken.get(write.buffer, pair) != pair for write in (key, value)):
+            return _refused("several attentions read it, each as keys or values of another pair")
         site = dataclasses.replace(site, keys=key.operand, values=value.operand)
         tokens = site.query_length
         for write in (key, value):
@@ -116,7 +148,7 @@ class Buffers:
                 return _refused(f"{tokens} queries come with {shape_of(write.new)[write.sequence_dim]} new entries")
         decided = self._understood(site, key, value)
         if isinstance(decided, BufferSite):
-            self._taken |= {key.buffer, value.buffer}
+            self._taken |= dict.fromkeys((key.buffer, value.buffer), pair)
         return decided
 
     def _understood(self, site: AttentionSite, key: BufferWrite, value: BufferWrite) -> BufferSite | Refusal:
@@ -210,7 +242,14 @@ class Buffers:
             return Start(None, (), sympy.Integer(write.index)) if write.index >= 0 else None
         if not isinstance(write.index.meta["val"], torch.Tensor):
             return Start(None, (), reader.sizes.expr(write.index.meta["val"]))
-        return self._numbers.start_of_entries(reader.read(write.index), tokens, reader.leaves)
+        entry, rank = reader.read(write.index), write.index.meta["val"].dim()
+        axis = 0 if rank == 1 else len(shape_of(write.new)) - 1 - write.sequence_dim
+        if write.index.meta["val"].dtype is torch.bool:
+            slot = _true_slot(entry, axis)
+            return None if slot is None else self._numbers.start_of_entries(slot, tokens, reader.leaves)
+        if axes_of(entry) - {axis}:
+            return None
+        return self._numbers.start_of_entries(substitute(entry, {axis: Iota(0)}), tokens, reader.leaves)
 
     def _mask(self, site: AttentionSite, position: Start) -> tuple[MaskProof, Start, list[Fact]] | Refusal:
         """Return what the mask means, up to which position the first query sees, and what must hold for that."""
@@ -269,6 +308,27 @@ def _writes(program: Program, site: AttentionSite) -> tuple[BufferWrite | Refusa
         refusal = Refusal(Reason.KEY_VALUE_MISMATCH, "only one of them is written into a buffer")
         return refusal, refusal
     return key, value
+
+
+def _true_slot(chosen: Expr, axis: int) -> Expr | None:
+    """Return the slot for which booleans over slots are true, if they are so for just one, by their form."""
+    match chosen:
+        case Compare("eq", difference, Size(zero)) if zero == 0:
+            factor = linear(difference)[0].get(Iota(axis))
+            if factor not in (1, -1):
+                return None
+            slot = add(scale(Iota(axis), factor), difference, -1)
+            slot = slot if factor == 1 else scale(slot, sympy.Integer(-1))
+            return None if axes_of(slot) else slot
+        case _:
+            return None
+
+
+def _moving(room: int | torch.SymInt, budget: float) -> Refusal:
+    """Return why a buffer of the newest tokens is left alone: no token is seen that it does not hold."""
+    if isinstance(budget, int) and (held := static_int(room)) is not None and budget >= held - 1:
+        return Refusal(Reason.WITHIN_WINDOW, f"a buffer of the newest {held} tokens, budget {budget}")
+    return _refused(f"holds the newest {room} tokens, which move from slot to slot: it is left as it is")
 
 
 def _refused(why: str) -> Refusal:

@@ -14,6 +14,7 @@ from adakv_compile.capture import Program
 from adakv_compile.passes.attention import AttentionSite, Operand
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
 from adakv_compile.passes.nodes import arg, same_size, shape_of, skip_no_ops
+from adakv_compile.passes.written import WRITES, dim_of, is_copy, is_step_one, read_write
 from adakv_compile.report import Reason, Refusal
 
 __all__ = ["BufferWrite", "find_write"]
@@ -32,12 +33,7 @@ _BORN: Final[frozenset[Callable[..., object]]] = frozenset(
         aten.empty_like.default,
     }
 )
-_WRITES: Final = (
-    aten.index_copy.default,
-    aten.index_put.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
-)
+_OFTEN_SOMETHING_ELSE: Final = (aten.copy.default, aten.scatter.src, aten.where.self)
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class BufferWrite:
         whole: What attention reads of it, before views that only change the layout.
         dims: The dimensions of ``whole`` and ``new``.
         new: The new entries.
-        index: Positions of the new entries, an integer tensor ``[T]``; or where the first of them is put.
+        index: Slots of the new entries, as in :class:`~adakv_compile.passes.written.Entries`.
     """
 
     operand: Operand
@@ -98,22 +94,30 @@ def find_write(program: Program, site: AttentionSite, which: str) -> BufferWrite
     dims = read.axes.resolve(top.dims)
     if sorted(axis for dim in dims for axis in dim if axis in ("batch", "column")) != ["batch", "column"]:
         return _refused(which, "the batch and the sequence are not dimensions of the buffer")
-    written, inner = top.node, top.node
+    written = top.node
+    if written.target in _OFTEN_SOMETHING_ELSE and not any(
+        skip_no_ops(final) is written for _, final in program.mutated
+    ):
+        return None
+    # Copied as a whole from a value that was made of it: the copy is what the caller gets.
+    inner = skip_no_ops(cast("fx.Node", written.args[1])) if is_copy(written) else written
     batch = dims.index(("batch",)) if ("batch",) in dims else None
     column = dims.index(("column",)) if ("column",) in dims else None
     if column is None:
         return _refused(which, "the slots of the buffer are not a dimension of their own")
     rows = None
-    if inner.target is aten.slice_scatter.default and _dim(inner, 2) == batch and batch != column:
+    if inner.target is aten.slice_scatter.default and dim_of(inner, 2) == batch and batch != column:
         rows = inner
         source = cast("fx.Node", inner.args[1])
-        if not _starts_at_zero(inner, 3) or not _is_step_one(inner, 5):
+        if not _starts_at_zero(inner, 3) or not is_step_one(inner, 5):
             return _refused(which, "other rows are written than attention reads")
         inner = source
-    found = _entries(inner, column)
+    found = read_write(inner)
     if isinstance(found, str):
         return _refused(which, found)
-    old, new, index = found
+    if found.dim != column:
+        return _refused(which, "not along the sequence")
+    old, new = found.old, found.new
     if batch is None or not same_size(shape_of(new)[batch], operand.axes.size(operand.batch)):
         return _refused(which, "other rows are written than attention reads")
     buffer = _buffer_of(old, batch if rows is not None else None)
@@ -133,7 +137,7 @@ def find_write(program: Program, site: AttentionSite, which: str) -> BufferWrite
         whole=whole.node,
         dims=axes.resolve(whole.dims),
         new=new,
-        index=index,
+        index=found.index,
     )
 
 
@@ -156,7 +160,7 @@ def _climb(operand: Operand) -> _Read | None:
             read.step = step
             if not step.whole:
                 return None
-            if step.node.target in _WRITES:
+            if step.node.target in WRITES or is_copy(step.node):
                 return read
             cut = _cut(axes, step)
             if cut is not None:
@@ -174,78 +178,25 @@ def _climb(operand: Operand) -> _Read | None:
 def _cut(axes: Axes, step: Step) -> tuple[str, fx.Node] | None:
     """Return the axis along which a slice from zero on is shorter than its source, and the source."""
     node = step.node
-    if node.target is not aten.slice.Tensor or not _is_step_one(node, 4) or not _starts_at_zero(node, 2):
+    if node.target is not aten.slice.Tensor or not is_step_one(node, 4) or not _starts_at_zero(node, 2):
         return None
     source = cast("fx.Node", node.args[0])
-    dim = _dim(node, 1)
+    dim = dim_of(node, 1)
     (axis, *others) = axes.resolve(step.dims)[dim] or ("",)
     if others or axis not in ("batch", "column") or same_size(shape_of(source)[dim], shape_of(node)[dim]):
         return None
     return axis, source
 
 
-def _dim(node: fx.Node, position: int) -> int:
-    return cast("int", arg(node, position, "dim", 0)) % len(shape_of(node))
-
-
 def _starts_at_zero(node: fx.Node, position: int) -> bool:
     return arg(node, position, "start") in (None, 0)
-
-
-def _is_step_one(node: fx.Node, position: int) -> bool:
-    return arg(node, position, "step", 1) == 1
-
-
-def _entries(node: fx.Node, column: int) -> tuple[fx.Node, fx.Node, fx.Node | int] | str:
-    """Return what is written to, the new entries and where they are put; or why that is not understood."""
-    old = cast("fx.Node", node.args[0])
-    if node.target is aten.index_copy.default:
-        dim, index, new = _dim(node, 1), cast("fx.Node", node.args[2]), cast("fx.Node", node.args[3])
-    elif node.target is aten.index_put.default:
-        indices = list(cast("list[fx.Node | None]", node.args[1]))
-        given = [i for i, index in enumerate(indices) if index is not None]
-        if len(given) != 1 or arg(node, 3, "accumulate", False):
-            return "it is indexed in several dimensions, or added to"
-        dim, index, new = given[0], cast("fx.Node", indices[given[0]]), cast("fx.Node", node.args[2])
-    elif node.target is aten.slice_scatter.default and _is_step_one(node, 5):
-        dim, index, new = _dim(node, 2), arg(node, 3, "start", 0), _copied(cast("fx.Node", node.args[1]))
-        index = 0 if index is None else index
-    else:
-        return f"{node.target} is not understood"
-    if dim != column:
-        return "not along the sequence"
-    if isinstance(index, fx.Node) and isinstance(index.meta["val"], torch.Tensor):
-        value = index.meta["val"]
-        if value.dim() != 1 or value.dtype not in (torch.int64, torch.int32):
-            return f"its positions are {value.dtype} of {value.dim()} dimensions"
-    elif not isinstance(index, (fx.Node, int)):
-        return "its position is no integer"
-    wanted, given_shape = list(shape_of(old)), shape_of(new)
-    if len(wanted) != len(given_shape) or new.meta["val"].dtype != old.meta["val"].dtype:
-        return "the new entries are repeated or cast"
-    if not all(same_size(a, b) for i, (a, b) in enumerate(zip(wanted, given_shape, strict=True)) if i != column):
-        return "the new entries are repeated"
-    by_tensor = isinstance(index, fx.Node) and isinstance(index.meta["val"], torch.Tensor)
-    if by_tensor and not same_size(shape_of(cast("fx.Node", index))[0], given_shape[column]):
-        return "the new entries are repeated"
-    return old, new, index
-
-
-def _copied(node: fx.Node) -> fx.Node:
-    """Return what ``copy`` writes, if that has the shape and dtype of what it is written to."""
-    if node.target is not aten.copy.default:
-        return node
-    old, new = cast("fx.Node", node.args[0]), cast("fx.Node", node.args[1])
-    alike = old.meta["val"].dtype == new.meta["val"].dtype and len(shape_of(old)) == len(shape_of(new))
-    exact = alike and all(same_size(a, b) for a, b in zip(shape_of(old), shape_of(new), strict=True))
-    return new if exact else node
 
 
 def _buffer_of(node: fx.Node, batch: int | None) -> fx.Node | None:
     """Return the buffer that is written to, or of which the first rows are."""
     node = skip_no_ops(node)
-    if batch is not None and node.target is aten.slice.Tensor and _dim(node, 1) == batch:
-        if not _starts_at_zero(node, 2) or not _is_step_one(node, 4):
+    if batch is not None and node.target is aten.slice.Tensor and dim_of(node, 1) == batch:
+        if not _starts_at_zero(node, 2) or not is_step_one(node, 4):
             return None
         node = skip_no_ops(cast("fx.Node", node.args[0]))
     return node

@@ -12,7 +12,7 @@ from torch import fx
 from adakv_compile.capture import Program
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite, Unsupported, find_attention
-from adakv_compile.passes.buffer_plan import Buffers, BufferSite
+from adakv_compile.passes.buffer_plan import Buffers, BufferSite, share
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update
 from adakv_compile.passes.constants import Constants
 from adakv_compile.passes.implementation import choose_attention, choose_kernels
@@ -74,9 +74,12 @@ def make_plan(program: Program, options: Options) -> Plan:
             left.extend((member.index, member.site.node, decided) for member in group)
         else:
             found.extend(decided)
-    for index, understood in buffered:
+    pairs: dict[tuple[fx.Node | None, fx.Node | None], list[tuple[int, BufferSite]]] = {}
+    for member in buffered:
+        pairs.setdefault((member[1].key.past, member[1].value.past), []).append(member)
+    for members in pairs.values():
         layer = sum(planned.owner is None for planned in found)
-        found.append(_plan_of_buffer(options, index, understood, layer))
+        found.extend(_plan_of_buffers(options, members, layer))
     if buffered:
         found.sort(key=lambda planned: planned.index)
     layers = sum(planned.owner is None for planned in found)
@@ -169,24 +172,36 @@ def _decide(
     return planned
 
 
-def _plan_of_buffer(options: Options, index: int, found: BufferSite, layer: int) -> PlannedSite:
-    site, proof = found.site, found.proof
-    one_token = static_int(site.query_length) == 1
-    window = static_int(proof.window)
-    mask = MaskUse(proof, padding=proof.padding, sliding_window=window, reach=window)
-    why = "the prompt is attended to where it is kept" if found.use.whole or found.use.mask is not None else None
-    return PlannedSite(
-        index,
-        site,
-        found.key,
-        found.value,
-        mask,
-        Action.DECODE if one_token else Action.COMPRESS,
-        layer,
-        choose_kernels(options, site),
-        None if one_token else choose_attention(options, site, mask.sliding_window, why or _why_masked(mask)),
-        buffer=found.use,
-    )
+def _plan_of_buffers(options: Options, members: Sequence[tuple[int, BufferSite]], layer: int) -> list[PlannedSite]:
+    """Decide for the attentions to one layer's buffers, the first of which owns what is kept."""
+    planned: list[PlannedSite] = []
+    use = share([found for _, found in members])
+    for index, found in members:
+        site, proof = found.site, found.proof
+        one_token = static_int(site.query_length) == 1
+        window = static_int(proof.window)
+        mask = MaskUse(proof, padding=proof.padding, sliding_window=window, reach=window)
+        why = "the prompt is attended to where it is kept" if found.use.whole or found.use.mask is not None else None
+        is_owner, attention = index == members[0][0], None
+        if is_owner and not one_token:
+            attention = choose_attention(options, site, mask.sliding_window, why or _why_masked(mask))
+        action = Action.DECODE if one_token else Action.COMPRESS
+        planned.append(
+            PlannedSite(
+                index,
+                site,
+                found.key,
+                found.value,
+                mask,
+                action if is_owner else Action.SHARE,
+                layer,
+                choose_kernels(options, site),
+                attention,
+                None if is_owner else members[0][0],
+                buffer=use if is_owner else found.use,
+            )
+        )
+    return planned
 
 
 def _action(site: AttentionSite, key: CacheUpdate) -> Action | Refusal:

@@ -12,7 +12,9 @@ from typing import Final, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from adakv_compile.runtime.compressed import CompressedKV
+from adakv_compile.runtime.compressed import CompressedKV, make_view
+from adakv_compile.runtime.side import attached
+from adakv_compile.runtime.store import LayerStore
 
 __all__ = ["CacheStats", "LayerStats", "cache_stats"]
 
@@ -29,7 +31,10 @@ class LayerStats:
         logical_length: Tokens that the cache reports, in its shape.
         bytes_held: Bytes of keys, values and bookkeeping, allocated room for new tokens included.
         bytes_dense: Bytes of dense keys and values of the logical length.
-        compressed: Whether the layer's cache is a :class:`CompressedKV`.
+        compressed: Whether attention reads a compressed cache: the layer's cache is a :class:`CompressedKV`, or one was
+            kept beside its preallocated buffers.
+        bytes_beside: Bytes, among those held, of what was kept beside preallocated buffers: attention reads these in
+            place of the buffers, which stay dense. Zero where there are no such buffers.
     """
 
     head_lengths: Tensor
@@ -37,6 +42,7 @@ class LayerStats:
     bytes_held: int
     bytes_dense: int
     compressed: bool
+    bytes_beside: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -97,8 +103,15 @@ class CacheStats:
                 f"{layer.bytes_held / _MIB:.3f}",
                 f"{layer.bytes_dense / _MIB:.3f}",
             )
-            lines.append(row if layer.compressed else f"{row}  dense")
+            lines.append(f"{row}{_remark(layer)}")
         return "\n".join(lines)
+
+
+def _remark(layer: LayerStats) -> str:
+    if layer.bytes_beside:
+        buffers = (layer.bytes_held - layer.bytes_beside) / _MIB
+        return f"  attention reads {layer.bytes_beside / _MIB:.3f} MiB beside buffers of {buffers:.3f} MiB, which stay"
+    return "" if layer.compressed else "  dense"
 
 
 def cache_stats(obj: object) -> CacheStats:
@@ -130,6 +143,8 @@ def cache_stats(obj: object) -> CacheStats:
 
 
 def _layer(key: Tensor | None, value: Tensor | None) -> LayerStats:
+    if key is not None and value is not None and (side := attached(key, value)) is not None:
+        return _beside_buffers(key, value, side.store)
     tensors = [tensor for tensor in (key, value) if tensor is not None]
     first = tensors[0]
     if isinstance(first, CompressedKV):
@@ -143,6 +158,19 @@ def _layer(key: Tensor | None, value: Tensor | None) -> LayerStats:
     dense = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     lengths = torch.full(first.shape[:2], length, dtype=torch.int64)
     return LayerStats(lengths, length, dense, dense, compressed=False)
+
+
+def _beside_buffers(key: Tensor, value: Tensor, store: LayerStore) -> LayerStats:
+    """Describe what was kept beside a layer's buffers."""
+    entry = (store.key_dim + store.value_dim) * store.keys.itemsize
+    return LayerStats(
+        make_view(store, "key", store.length).head_lengths.cpu(),
+        store.length,
+        key.nbytes + value.nbytes + store.nbytes_held,
+        store.batch * store.num_kv_heads * store.length * entry,
+        compressed=True,
+        bytes_beside=store.nbytes_held,
+    )
 
 
 # Finding caches

@@ -14,42 +14,42 @@ from torch import Tensor
 
 import adakv_compile
 from adakv_compile import Reason
-from adakv_compile.runtime.side import attached
-from adakv_compile.runtime.store import LayerStore
-
-BATCH, HEADS, KV_HEADS, SLOTS, DIM = 2, 4, 2, 64, 8
-LENGTH, STEPS, BUDGET = 40, 4, 12
-
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Any], Tensor]
-"""``attention(k_cache, v_cache, q, k, v, position)``; caches are written in place."""
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
-
-
-def _at(count: int, position: Tensor) -> Tensor:
-    return torch.arange(count) + position
-
-
-def _causal(index: Tensor) -> Tensor:
-    return torch.arange(SLOTS)[None, :] <= index[:, None]
+from tests.backend.buffered import (
+    BATCH,
+    BUDGET,
+    KV_HEADS,
+    LENGTH,
+    OPTIONS,
+    SLOTS,
+    Attention,
+    at,
+    attend,
+    buffers,
+    causal,
+    compiled,
+    follow,
+    leave,
+    masked,
+    place,
+    store_of,
+    tokens,
+)
 
 
 def index_copy(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index, v)
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def index_put(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
     # As in a model, where both are made of the same tokens; a write by index_put alone may repeat them.
     k, v = torch.stack((k, v)).unbind()
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc[:, :, index] = k
     vc[:, :, index] = v
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def sliced(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
@@ -57,14 +57,14 @@ def sliced(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: in
     kc[:BATCH, :, position:end] = k
     vc[:BATCH, :, position:end] = v
     index = torch.arange(position, end)
-    return _attend(q, kc[:BATCH, :, :end], vc[:BATCH, :, :end], torch.arange(end)[None, :] <= index[:, None])
+    return attend(q, kc[:BATCH, :, :end], vc[:BATCH, :, :end], torch.arange(end)[None, :] <= index[:, None])
 
 
 def sliced_read_in_full(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
     end = position + k.shape[2]
     kc[:, :, position:end] = k
     vc[:, :, position:end] = v
-    return _attend(q, kc, vc, _causal(torch.arange(position, end)))
+    return attend(q, kc, vc, causal(torch.arange(position, end)))
 
 
 TENSOR_POSITIONS: dict[str, Attention] = {"index_copy": index_copy, "index_put": index_put}
@@ -72,56 +72,60 @@ INTEGER_POSITIONS: dict[str, Attention] = {"slices": sliced, "slices, read in fu
 UNDERSTOOD = TENSOR_POSITIONS | INTEGER_POSITIONS
 
 
+def _place(name: str, position: int) -> Any:
+    return place(position, by_tensor=name in TENSOR_POSITIONS)
+
+
 def late_mask(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index, v)
-    return _attend(q, kc, vc, _causal(index + 1))
+    return attend(q, kc, vc, causal(index + 1))
 
 
 def values_elsewhere(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index + 1, v)
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def backwards(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, position + k.shape[2] - 1 - torch.arange(k.shape[2]), k)
     vc.index_copy_(2, position + k.shape[2] - 1 - torch.arange(k.shape[2]), v)
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def every_other(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
     index = position + torch.arange(k.shape[2])
     kc.index_copy_(2, (position + 2 * torch.arange(k.shape[2])) % SLOTS, k)
     vc.index_copy_(2, (position + 2 * torch.arange(k.shape[2])) % SLOTS, v)
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def written_twice(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index, v)
-    out = _attend(q, kc, vc, _causal(index))
+    out = attend(q, kc, vc, causal(index))
     kc.mul_(2)
     return out
 
 
 def written_before(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
     kc.mul_(2)
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index, v)
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def repeated(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc[:, :, index] = k[:, :1]
     vc[:, :, index] = v[:, :1]
-    return _attend(q, kc, vc, _causal(index))
+    return attend(q, kc, vc, causal(index))
 
 
 def read_beyond(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: int) -> Tensor:
@@ -129,11 +133,11 @@ def read_beyond(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, positio
     kc[:, :, position:end] = k
     vc[:, :, position:end] = v
     seen = torch.arange(end + 1)[None, :] <= torch.arange(position, end)[:, None] + 1
-    return _attend(q, kc[:, :, : end + 1], vc[:, :, : end + 1], seen)
+    return attend(q, kc[:, :, : end + 1], vc[:, :, : end + 1], seen)
 
 
 def unmasked(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-    index = _at(k.shape[2], position)
+    index = at(k.shape[2], position)
     kc.index_copy_(2, index, k)
     vc.index_copy_(2, index, v)
     return F.scaled_dot_product_attention(q, kc, vc, enable_gqa=True)
@@ -152,65 +156,9 @@ REFUSED: dict[str, tuple[Attention, bool, Reason]] = {
 }
 
 
-def buffers(batch: int = BATCH) -> tuple[Tensor, Tensor]:
-    return torch.zeros(batch, KV_HEADS, SLOTS, DIM), torch.zeros(batch, KV_HEADS, SLOTS, DIM)
-
-
-def tokens(count: int, seed: int = 0, batch: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    q = 3 * torch.randn(batch, HEADS, count, DIM, generator=generator)
-    k, v = (torch.randn(batch, KV_HEADS, count, DIM, generator=generator) for _ in range(2))
-    return q, k, v
-
-
-def compiled(attention: Attention, budget: int = BUDGET) -> Attention:
-    torch.compiler.reset()
-    options = {"budget": budget, "window": 4, "inner": "eager"}
-    return torch.compile(attention, backend="adakv", options=options)
-
-
-def place(name_or_tensor: str | bool, position: int) -> Any:
-    by_tensor = name_or_tensor if isinstance(name_or_tensor, bool) else name_or_tensor in TENSOR_POSITIONS
-    return torch.tensor(position) if by_tensor else position
-
-
-def store_of(kc: Tensor, vc: Tensor) -> LayerStore | None:
-    side = attached(kc, vc)
-    return None if side is None else side.store
-
-
-def masked(store: LayerStore, kc: Tensor, vc: Tensor, q: Tensor, length: int) -> Tensor:
-    """Return attention of one query to the dense buffers of which only what a store holds is visible."""
-    seen = torch.zeros(q.shape[0], KV_HEADS, SLOTS, dtype=torch.bool)
-    for b in range(q.shape[0]):
-        for h in range(KV_HEADS):
-            begin, end = store.offsets[b, h], store.offsets[b, h + 1]
-            seen[b, h, store.positions[b, begin:end].long()] = True
-    seen[:, :, store.prefix_length : length] = True
-    return _attend(q, kc, vc, seen.repeat_interleave(HEADS // KV_HEADS, 1)[:, :, None])
-
-
 @pytest.mark.parametrize("name", UNDERSTOOD)
-@torch.no_grad()
 def test_attention_reads_what_was_kept_and_the_buffers_stay_dense(name: str) -> None:
-    attention, (kc, vc), (dense_k, dense_v) = UNDERSTOOD[name], buffers(), buffers()
-    run = compiled(attention)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        out = run(kc, vc, *tokens(LENGTH), place(name, 0))
-    expected = attention(dense_k, dense_v, *tokens(LENGTH), place(name, 0))
-    torch.testing.assert_close(out, expected)
-    for step in range(STEPS):
-        q, k, v = tokens(1, seed=step + 1)
-        out = run(kc, vc, q, k, v, place(name, LENGTH + step))
-        attention(dense_k, dense_v, q, k, v, place(name, LENGTH + step))
-        store = store_of(kc, vc)
-        assert store is not None
-        assert (store.length, store.tail_length) == (LENGTH + step + 1, step + 1)
-        assert store.offsets[:, -1].tolist() == [KV_HEADS * BUDGET] * BATCH
-        torch.testing.assert_close(out, masked(store, dense_k, dense_v, q, LENGTH + step + 1))
-        assert torch.equal(kc, dense_k)
-        assert torch.equal(vc, dense_v)
+    follow(UNDERSTOOD[name], by_tensor=name in TENSOR_POSITIONS)
 
 
 @pytest.mark.parametrize("name", UNDERSTOOD)
@@ -221,8 +169,8 @@ def test_several_tokens_behind_others_choose_among_all_that_the_buffer_holds(nam
     begin = 0
     for count, seed in ((20, 0), (1, 1), (19, 2), (1, 3)):
         q, k, v = tokens(count, seed)
-        out = run(kc, vc, q, k, v, place(name, begin))
-        dense = attention(dense_k, dense_v, q, k, v, place(name, begin))
+        out = run(kc, vc, q, k, v, _place(name, begin))
+        dense = attention(dense_k, dense_v, q, k, v, _place(name, begin))
         begin += count
         if count > 1:
             torch.testing.assert_close(out, dense)
@@ -233,23 +181,9 @@ def test_several_tokens_behind_others_choose_among_all_that_the_buffer_holds(nam
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@torch.no_grad()
 def test_what_is_not_proved_is_refused_and_right(name: str) -> None:
     attention, by_tensor, reason = REFUSED[name]
-    options = {"budget": BUDGET, "window": 4, "inner": "eager"}
-    torch.compiler.reset()
-    report = adakv_compile.explain(attention, *buffers(), *tokens(LENGTH), place(by_tensor, 0), options=options)
-    assert [refusal.reason for graph in report.graphs for refusal in graph.refusals] == [reason]
-    (kc, vc), (dense_k, dense_v) = buffers(), buffers()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = compiled(attention)
-        for count, position in ((LENGTH, 0), (1, LENGTH)):
-            new = tokens(count, seed=position)
-            out = run(kc, vc, *new, place(by_tensor, position))
-            torch.testing.assert_close(out, attention(dense_k, dense_v, *new, place(by_tensor, position)))
-            torch.testing.assert_close((kc, vc), (dense_k, dense_v))
-    assert store_of(kc, vc) is None
+    leave(attention, reason, by_tensor=by_tensor)
 
 
 def _zeroed(kc: Tensor, vc: Tensor) -> None:
@@ -276,15 +210,15 @@ def test_what_was_kept_is_not_used_for_another_text(name: str, how: str) -> None
     attention, (meddle, position) = UNDERSTOOD[name], MEDDLED[how]
     kc, vc = buffers()
     run = compiled(attention)
-    run(kc, vc, *tokens(LENGTH), place(name, 0))
+    run(kc, vc, *tokens(LENGTH), _place(name, 0))
     meddle(kc, vc)
     dense_k, dense_v = kc.clone(), vc.clone()
     for step in range(2):
         new = tokens(1, seed=step + 1)
-        out = run(kc, vc, *new, place(name, position + step))
-        torch.testing.assert_close(out, attention(dense_k, dense_v, *new, place(name, position + step)))
+        out = run(kc, vc, *new, _place(name, position + step))
+        torch.testing.assert_close(out, attention(dense_k, dense_v, *new, _place(name, position + step)))
         assert store_of(kc, vc) is None
-    run(kc, vc, *tokens(LENGTH, seed=9), place(name, 0))
+    run(kc, vc, *tokens(LENGTH, seed=9), _place(name, 0))
     assert store_of(kc, vc) is not None
 
 
@@ -329,9 +263,88 @@ def test_buffers_of_inference_mode_stay_dense() -> None:
 
 @torch.no_grad()
 def test_the_report_says_what_memory_is_not_saved() -> None:
-    options = {"budget": BUDGET, "window": 4, "inner": "eager"}
     torch.compiler.reset()
-    report = adakv_compile.explain(index_copy, *buffers(), *tokens(LENGTH), torch.tensor(0), options=options)
+    report = adakv_compile.explain(index_copy, *buffers(), *tokens(LENGTH), torch.tensor(0), options=OPTIONS)
     (site,) = report.graphs[0].sites
     assert site.compressed
     assert f"buffer of {SLOTS} slots owned by the caller, stays dense" in site.cache
+    assert "memory is not saved" in site.cache
+
+
+@torch.no_grad()
+def test_statistics_tell_what_is_read_from_what_stays() -> None:
+    kc, vc = buffers()
+    cache = {"k_cache": kc, "v_cache": vc}
+    compiled(index_copy)(kc, vc, *tokens(LENGTH), torch.tensor(0))
+    store = store_of(kc, vc)
+    assert store is not None
+    (layer,) = adakv_compile.cache_stats(cache).layers
+    assert layer.compressed
+    assert layer.head_lengths.sum(-1).tolist() == [KV_HEADS * BUDGET] * BATCH
+    assert (layer.logical_length, layer.bytes_beside) == (LENGTH, store.nbytes_held)
+    assert layer.bytes_held == kc.nbytes + vc.nbytes + store.nbytes_held
+    assert layer.bytes_dense == (kc.nbytes + vc.nbytes) * LENGTH // SLOTS
+    assert "which stay" in str(adakv_compile.cache_stats(cache))
+    kc.zero_()
+    (layer,) = adakv_compile.cache_stats(cache).layers
+    assert not layer.compressed
+    assert (layer.bytes_beside, layer.bytes_held) == (0, kc.nbytes + vc.nbytes)
+
+
+def _masks(index: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    return causal(index), causal(index) & (torch.arange(SLOTS)[None, :] > index[:, None] - window)
+
+
+def two_readers(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    index = at(k.shape[2], position)
+    kc.index_copy_(2, index, k)
+    vc.index_copy_(2, index, v)
+    everything, newest = _masks(index, 20)
+    return torch.cat([attend(q, kc, vc, everything), attend(q.flip(1), kc, vc, newest)])
+
+
+def two_readers_one_late(kc: Tensor, vc: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+    index = at(k.shape[2], position)
+    kc.index_copy_(2, index, k)
+    vc.index_copy_(2, index, v)
+    return torch.cat([attend(q, kc, vc, causal(index)), attend(q, kc, vc, causal(index + 1))])
+
+
+@torch.no_grad()
+def test_several_attentions_read_what_the_first_keeps_of_their_buffers() -> None:
+    (kc, vc), (dense_k, dense_v) = buffers(), buffers()
+    run = compiled(two_readers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for count, position in ((LENGTH, 0), (1, LENGTH), (1, LENGTH + 1)):
+            new = tokens(count, seed=position)
+            out = run(kc, vc, *new, torch.tensor(position))
+            dense = two_readers(dense_k, dense_v, *new, torch.tensor(position))
+            if count > 1:
+                torch.testing.assert_close(out, dense)
+                continue
+            store = store_of(kc, vc)
+            assert store is not None
+            assert store.length == position + 1
+            windowed = masked(store, dense_k, dense_v, new[0].flip(1), position + 1, first=position - 19)
+            expected = [masked(store, dense_k, dense_v, new[0], position + 1), windowed]
+            torch.testing.assert_close(out, torch.cat(expected))
+
+
+@torch.no_grad()
+def test_an_attention_that_is_not_understood_reads_the_buffers_of_one_that_is() -> None:
+    (kc, vc), (dense_k, dense_v) = buffers(), buffers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = compiled(two_readers_one_late)
+        for count, position in ((LENGTH, 0), (1, LENGTH)):
+            new = tokens(count, seed=position)
+            out = run(kc, vc, *new, torch.tensor(position))
+            dense = two_readers_one_late(dense_k, dense_v, *new, torch.tensor(position))
+            if count > 1:
+                torch.testing.assert_close(out, dense)
+            else:
+                store = store_of(kc, vc)
+                assert store is not None
+                torch.testing.assert_close(out[:BATCH], masked(store, dense_k, dense_v, new[0], position + 1))
+                torch.testing.assert_close(out[BATCH:], dense[BATCH:])
