@@ -22,6 +22,7 @@ from adakv_compile.options import Options
 from adakv_compile.passes.normalise import normalise
 from adakv_compile.passes.plan import make_plan
 from adakv_compile.passes.planned import Plan
+from adakv_compile.passes.relax import relax_views
 from adakv_compile.passes.replay import makes_cache, origins, static_inputs, why_not_replayed
 from adakv_compile.passes.rewrite import Rewritten, rewrite
 from adakv_compile.printer import print_graph
@@ -139,6 +140,7 @@ def _rewrite_and_compile(
             rewritten = rewrite(program, plan, example_inputs)
             rewritten.module.meta.update(gm.meta)
         snapshot = print_graph(rewritten.module.graph) if stages.keep_snapshot else ""
+        relax_views(rewritten.module)
         with stages.time("compile"):
             patches = _patches(options)
             if patches.get(_CUDA_GRAPHS):
