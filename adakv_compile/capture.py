@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from adakv_compile import _torch
+from adakv_compile.batched import write_out_vmaps
 from adakv_compile.block_masks import BlockTable
+from adakv_compile.forward_only import without_backward
 from adakv_compile.runtime.compressed import CompressedKV
 from adakv_compile.runtime.layout import Layout
 
@@ -79,12 +81,13 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
     fake_mode = _torch.fake_mode_of_this_compile()
     if fake_mode is None:
         raise CaptureError("the backend was called outside of a Dynamo compilation")
+    gm = without_backward(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [
         _dense_fake(fake_mode, node.meta.get("example_value", example))
         for node, example in zip(placeholders, example_inputs, strict=True)
     ]
-    module, mutated, lifted = _torch.capture(gm, fakes, fake_mode)
+    module, mutated, lifted = _torch.capture(write_out_vmaps(gm, fake_mode), fakes, fake_mode)
     if lifted:
         raise CaptureError(f"parameters or buffers are not inputs of the graph: {', '.join(lifted)}")
     graph = module.graph

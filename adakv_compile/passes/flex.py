@@ -117,14 +117,25 @@ def _positions(emit: Emitter, query: fx.Node, key: fx.Node) -> tuple[fx.Node, ..
     """Return the indices of batch, head, query and key, each along a dimension of its own."""
     device = query.meta["val"].device
     found: list[fx.Node] = []
-    for dim, size in enumerate((*shape_of(query)[:3], shape_of(key)[2])):
+    new, total = shape_of(query)[2], shape_of(key)[2]
+    for dim, size in enumerate((*shape_of(query)[:3], total)):
         try:
             count = emit.size(size)
-        except RuntimeError as error:
-            raise NotUnderstoodError(str(error)) from error
+        except RuntimeError:
+            count = _sum(emit, total - new, new) if dim == 3 else None
+        if count is None:
+            raise NotUnderstoodError(f"no value of the graph holds the size {size}")
         index = emit.call(aten.arange.default, count, dtype=torch.int32, device=device)
         found.append(emit.call(aten.view.default, index, [-1 if dim == other else 1 for other in range(4)]))
     return tuple(found)
+
+
+def _sum(emit: Emitter, past: int | torch.SymInt, new: int | torch.SymInt) -> fx.Node | None:
+    """Return a number of keys, as what the cache holds and what is new; not as a size of the keys, which go away."""
+    try:
+        return emit.call(operator.add, emit.size(past), emit.size(new))
+    except RuntimeError:
+        return None
 
 
 def _products(emit: Emitter, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:

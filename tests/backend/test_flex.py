@@ -152,6 +152,19 @@ def test_a_block_mask_that_shows_the_future_is_left_alone() -> None:
     assert refused(Flex(), torch.randn(2, LENGTH, 64), mask) is Reason.MASK_NOT_CAUSAL
 
 
+def test_what_score_mod_hides_is_hidden() -> None:
+    def no_mask(start: int, end: int) -> None:
+        return None
+
+    model, x = Flex(hidden_by_score), torch.randn(2, LENGTHS[-1][1], 64)
+    expected, _ = run(model, x, no_mask)
+    options = OPTIONS | {"budget": 200, "strict": True}
+    found, cache = run(torch.compile(model, backend="adakv", dynamic=True, options=options), x, no_mask)
+    assert isinstance(cache[0], CompressedKV)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_no_mask_at_all_is_not_causal() -> None:
     assert refused(Flex(), torch.randn(2, LENGTH, 64), None) is Reason.MASK_NOT_CAUSAL
 
