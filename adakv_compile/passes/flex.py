@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import torch
 from torch import fx
@@ -245,6 +245,6 @@ def _of_arguments(program: Program, value: fx.Node) -> fx.GraphModule:
         if node in needed and node not in copies:
             # Named by what is called, so that equal functions have equal code.
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: copies[source])  # type: ignore[misc]
-            copies[node] = graph.call_function(cast("Any", node.target), cast("Any", args), cast("Any", kwargs))
+            copies[node] = graph.call_function(node.target, args, kwargs)  # pyright: ignore[reportArgumentType]
     graph.output(copies[value])
     return fx.GraphModule(torch.nn.Module(), graph)

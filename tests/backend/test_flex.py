@@ -172,6 +172,8 @@ def test_no_mask_at_all_is_not_causal() -> None:
 def of_tables(change: Callable[[BlockTables], None] | None = None) -> tuple[BlockTable, list[Any]]:
     """Return the check of a causal block mask with blocks of 16, and its arguments."""
     mask = seen(0, LENGTH)
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_indices is not None
     tables = {
         "counts": mask.kv_num_blocks.clone(),
         "indices": mask.kv_indices.clone(),
