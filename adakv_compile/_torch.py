@@ -27,6 +27,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "CapturedGraph",
+    "FakeTensor",
     "FakeTensorMode",
     "capture",
     "compile_graph",

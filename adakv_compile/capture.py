@@ -87,7 +87,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Program:
         _dense_fake(fake_mode, node.meta.get("example_value", example))
         for node, example in zip(placeholders, example_inputs, strict=True)
     ]
-    module, mutated, lifted = _torch.capture(write_out_vmaps(gm, fake_mode), fakes, fake_mode)
+    module, mutated, lifted = _torch.capture(write_out_vmaps(gm), fakes, fake_mode)
     if lifted:
         raise CaptureError(f"parameters or buffers are not inputs of the graph: {', '.join(lifted)}")
     graph = module.graph
