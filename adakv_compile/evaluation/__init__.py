@@ -5,4 +5,6 @@ Nothing here is imported with the package. :mod:`adakv_compile.cli` runs it as `
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from adakv_compile.evaluation.sample import Sample
+
+__all__ = ["Sample"]

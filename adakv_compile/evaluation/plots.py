@@ -17,6 +17,9 @@ __all__ = ["draw"]
 _WIDEST: Final = 3
 """Panels beside each other."""
 
+_TICKS: Final = (0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+"""Per cents on the axis of what was kept."""
+
 
 def draw(records: Iterable[Record], directory: Path) -> list[Path]:
     """Draw what the records hold, for each protocol by itself.
@@ -113,6 +116,11 @@ def _scores(records: Sequence[Record]) -> Any:
         else:
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
     panel.set(xlabel="entries kept, per cent of the full cache", ylabel="mean score over all samples", xscale="log")
+    # A logarithmic axis of less than a decade would have no number or one.
+    low, high = panel.get_xlim()
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_xticks([], minor=True)
     panel.legend()
     return figure
 
