@@ -27,8 +27,8 @@ Kind = Literal["single", "multi-key", "multi-value", "multi-query"]
 
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
-Metric = Literal["string_match_all", "keyword_recall"]
-"""The share of facts that the answer holds word by word; or the share of their words."""
+Metric = Literal["string_match_all", "exact", "keyword_recall"]
+"""The share of facts that the answer holds word by word; 1 for the facts and nothing else; the share of their words."""
 
 METRICS: Final[tuple[str, ...]] = get_args(Metric)
 

@@ -78,7 +78,10 @@ def test_an_answer_is_scored_as_a_whole_or_by_its_words() -> None:
     two = f"{whole.answers[0]} and {whole.answers[2]}"
     assert METRICS[whole.metric](two.upper(), whole.answers, ()) == 0.5
     assert METRICS[whole.metric](whole.answers[0].rpartition(" ")[0], whole.answers, ()) == 0.0
-    assert recall.answers == (" ".join(whole.answers),)
+    exact = cell(1000, 30, "multi-value", "exact")
+    assert recall.answers == exact.answers == (" ".join(whole.answers),)
+    assert METRICS[exact.metric](exact.answers[0].upper(), exact.answers, ()) == 1.0
+    assert METRICS[exact.metric](f"It is {exact.answers[0]}", exact.answers, ()) == 0.0
     wanted = set(recall.answers[0].split())
     assert METRICS[recall.metric](two, recall.answers, ()) == pytest.approx(
         len(set(two.split()) & wanted) / len(wanted)
