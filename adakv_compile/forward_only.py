@@ -1,7 +1,7 @@
 """Drop what only the backward pass of ``flex_attention`` reads: made inside of a graph, it is made by vmap.
 
 Attention without a block mask makes one of a single block, and with it tables from keys to queries. No gradient is
-computed here, and a graph with vmap can't be captured.
+computed here, so that nothing of them is needed.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ STATUS: dict[str, str] = {
     "mha": "NO_CACHE",
     "cross": "CACHE_FORM compressed",
     "flex": "compressed",
-    "flex_inside": "CAPTURE",
+    "flex_inside": "OPERATOR",
     "scaled_mask": "compressed",
     "value_first": "compressed",
     "grouped": "compressed",
