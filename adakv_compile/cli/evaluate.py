@@ -223,7 +223,7 @@ def _evaluate(
         loaded = load(request.model, request.dtype, request.device)
     _check_lengths(loaded, lengths)
     with screen.status("writing the texts"):
-        samples = {seed: tuple(_made(make, loaded, seed)) for seed in seeds}
+        samples = {seed: tuple(make(loaded, seed)) for seed in seeds}
     plan = Plan(chosen, protocols, samples, options)
     told = {"protocols": protocols, "seeds": seeds, "options": options, **told}
     with Records(request.directory, _configuration(request, loaded, chosen, told)) as records:
@@ -237,13 +237,6 @@ def _evaluate(
         )
     typer.echo((request.directory / "summary.md").read_text(encoding="utf-8"))
     screen.print("written:", ", ".join(map(str, files)), markup=False, soft_wrap=True)
-
-
-def _made(make: Callable[[Loaded, int], Iterable[Sample]], loaded: Loaded, seed: int) -> Iterable[Sample]:
-    try:
-        yield from make(loaded, seed)
-    except ValueError as error:  # a length that is too short for a task
-        raise EvaluationError(str(error)) from error
 
 
 def _run(screen: Console, request: _Request, loaded: Loaded, plan: Plan, records: Records) -> None:
