@@ -48,8 +48,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ),
         _section(
             "Time",
-            "Milliseconds, median and quartiles; the contestants take turns, so what else the machine does (its load at "
-            "the start is above) hits all of them. The model is tiny: these are the costs of the machinery, not of "
+            "Milliseconds, median and quartiles; the contestants take turns, so what else the machine does hits all of "
+            "them (its load at the start is above). The model is tiny: these are the costs of the machinery, not of "
             "attention.",
             _times(rows),
         ),
