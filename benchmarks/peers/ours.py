@@ -47,15 +47,17 @@ class Ours:
         torch.compiler.reset()
 
     @torch.no_grad()
-    def open(self, prompt: Sequence[int], way: Mapping[str, Any]) -> dict[str, Any]:
+    def open(self, prompt: Sequence[int], way: Mapping[str, Any], watch: bool = False) -> dict[str, Any]:
         """Read a prompt with a new cache.
 
         Args:
             prompt: Its tokens.
             way: ``kind`` (``"dynamic"``, ``"snapkv"`` or ``"ada-snapkv"``), ``budget``, ``window`` and ``kernel``.
+            watch: Find out what is kept.
 
         Returns:
-            The positions that every head of every layer kept (None for the full cache), and the bytes.
+            The positions that every head of every layer kept (None for the full cache, or without ``watch``), the
+            seconds, and the bytes.
 
         Raises:
             RuntimeError: A layer was left uncompressed.
@@ -66,7 +68,7 @@ class Ours:
         out = self._run(torch.tensor([prompt]), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         seconds = time.perf_counter() - begin
         self._cache, self._next = out.past_key_values, int(out.logits[0, -1].argmax())
-        kept = None if way["kind"] == "dynamic" else _kept(self._cache)
+        kept = _kept(self._cache) if watch and way["kind"] != "dynamic" else None
         return {"kept": kept, "seconds": seconds, **self.held()}
 
     def held(self) -> dict[str, Any]:

@@ -97,7 +97,8 @@ class Comparison:
             for protocol in PROTOCOLS:
                 for number, prompt in enumerate(self._plan.prompts):
                     text, then = (prompt.aware, ()) if protocol == "aware" else (prompt.document, prompt.question)
-                    sizes = self._sides.ask(contestant, "open", prompt=list(text), way=dict(contestant.way))
+                    prefix = {"prompt": list(text), "way": dict(contestant.way), "watch": True}
+                    sizes = self._sides.ask(contestant, "open", **prefix)
                     kept = sizes.pop("kept")
                     del sizes["seconds"]
                     if kept is not None:

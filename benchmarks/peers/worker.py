@@ -54,15 +54,17 @@ class Peer:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         return {"parameters": sum(parameter.numel() for parameter in self.model.parameters())}
 
-    def open(self, prompt: Sequence[int], way: Mapping[str, Any]) -> dict[str, Any]:
+    def open(self, prompt: Sequence[int], way: Mapping[str, Any], watch: bool = False) -> dict[str, Any]:
         """Read a prompt with a new cache.
 
         Args:
             prompt: Its tokens.
             way: ``kind`` (``"dynamic"``, ``"quantized"``, ``"snapkv"`` or ``"adakv"``) and what that kind takes.
+            watch: Find out what is kept, which takes time and memory of its own: not where these are measured.
 
         Returns:
-            The positions that every head of every layer kept (None where nothing is evicted), and the bytes.
+            The positions that every head of every layer kept (None where nothing is evicted, or without ``watch``), the
+            seconds, and the bytes.
         """
         self.cache = QuantizedCache("quanto", self.model.config) if way["kind"] == "quantized" else DynamicCache()
         ids = torch.tensor([prompt])
@@ -72,11 +74,11 @@ class Peer:
             logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
             seconds = time.perf_counter() - begin
         else:
-            press, seen = self._press(way, len(prompt))
+            press, seen = self._press(way, len(prompt), watch)
             with press(self.model):
                 logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
             seconds = time.perf_counter() - begin
-            kept = self._kept(way["kind"], seen, len(prompt))
+            kept = self._kept(way["kind"], seen, len(prompt)) if watch else None
         self.next, self.position = int(logits[0, -1].argmax()), len(prompt)
         return {"kept": kept, "seconds": seconds, **self.held()}
 
@@ -127,8 +129,11 @@ class Peer:
         )
         self.next, self.position = int(out.logits[0, -1].argmax()), self.position + 1
 
-    def _press(self, way: Mapping[str, Any], length: int) -> tuple[Any, list[Tensor]]:
-        """Return a press that keeps ``budget`` entries per head, and what it will have kept if it prunes."""
+    def _press(self, way: Mapping[str, Any], length: int, watch: bool) -> tuple[Any, list[Tensor]]:
+        """Return a press that keeps ``budget`` entries per head, and what it will have kept if it prunes.
+
+        Only with ``watch``: else the press is exactly that of kvpress.
+        """
         seen: list[Tensor] = []
         presses: Any = importlib.import_module("kvpress")
         inner = presses.SnapKVPress
@@ -143,7 +148,8 @@ class Peer:
 
         # Half an entry more: the press rounds length * (1 - ratio) down.
         ratio = 1 - (way["budget"] + 0.5) / length
-        snapkv = Watched(compression_ratio=ratio, window_size=way["window"], kernel_size=way["kernel"])
+        kind = Watched if watch else inner
+        snapkv = kind(compression_ratio=ratio, window_size=way["window"], kernel_size=way["kernel"])
         if way["kind"] == "snapkv":
             return snapkv, seen
         return presses.AdaKVPress(snapkv, **{k: way[k] for k in ("alpha_safeguard",) if k in way}), seen

@@ -118,7 +118,7 @@ def test_the_real_worker_answers_as_this_process_does(tmp_path: Path) -> None:
     try:
         assert sides.ask(there, "hello")["versions"]["torch"] == torch.__version__
         for one in (here, there):
-            opened = sides.ask(one, "open", prompt=list(prompt.document), way=dict(one.way))
+            opened = sides.ask(one, "open", prompt=list(prompt.document), way=dict(one.way), watch=True)
             assert opened["kept"] is None
             sides.ask(one, "feed", tokens=list(prompt.question))
             answers.append({**opened, **sides.ask(one, "decode", count=4)} | {"seconds": None})
@@ -137,11 +137,12 @@ def test_this_side_keeps_a_budget_and_says_where() -> None:
     ours = Ours(model.CHECKPOINT, {"inner": "eager", "pool": "avg", "safeguard": "hard"})
     (prompt,) = make_prompts(["few"], 160, 1, seed=1)
     way = pruned(32, 8, 5)[2].way
-    opened = ours.open(prompt.aware, way)
+    opened = ours.open(prompt.aware, way, watch=True)
     assert [sum(map(len, layer)) for layer in opened["kept"]] == [4 * 32] * 4
     assert all(head[-8:] == list(range(len(prompt.aware) - 8, len(prompt.aware))) for head in opened["kept"][0])
     assert 0 < opened["index_bytes"] < opened["cache_bytes"] < 2 * 4 * 4 * len(prompt.aware) * 32 * 4
     assert len(ours.decode(3)["tokens"]) == 3
+    assert ours.open(prompt.aware, way)["kept"] is None
     with pytest.raises(ValueError, match="no kind 'adakv'"):
         ours.open(prompt.aware, {"kind": "adakv"})
     ours.reset()
