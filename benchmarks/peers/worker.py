@@ -176,8 +176,9 @@ def _rows(pruned: Tensor, keys: Tensor) -> Tensor:
 def _bytes(obj: Any) -> int:
     """Return the bytes of all tensors in a nest of containers, those inside quantised tensors included."""
     if isinstance(obj, Tensor):
-        if type(obj) is not Tensor and hasattr(obj, "__tensor_flatten__"):
-            names: Sequence[str] = obj.__tensor_flatten__()[0]
+        flatten = getattr(obj, "__tensor_flatten__", None)
+        if flatten is not None:
+            names: Sequence[str] = flatten()[0]
             return sum(_bytes(getattr(obj, name)) for name in names)
         return obj.untyped_storage().nbytes()
     if isinstance(obj, Mapping):
