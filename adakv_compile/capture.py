@@ -29,10 +29,12 @@ class Spelled:
     Attributes:
         result: What the readers of ``original`` got instead: the operator's result in the same shape and dtype.
         original: What the model computes.
+        exact: Whether the operator means the same only if its mask is proved to add nothing but zero and what hides.
     """
 
     result: fx.Node
     original: fx.Node
+    exact: bool = False
 
 
 @dataclass(frozen=True)

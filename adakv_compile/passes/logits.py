@@ -65,12 +65,14 @@ class Logits:
         factors: What the logits are scaled with, below any cap.
         cap: What the hyperbolic tangent's result is multiplied with, if there is one.
         sinks: Logits of the heads that take part in the softmax only.
+        exact: Whether this is all only if the masks add nothing but zero and what hides.
     """
 
     parts: list[Part] = field(default_factory=list[Part])
     factors: list[Factor] = field(default_factory=list[Factor])
     cap: float | None = None
     sinks: Step | None = None
+    exact: bool = False
 
 
 def read_logits(
@@ -104,6 +106,8 @@ def read_logits(
         elif node.target is aten.tanh.default:
             _read_cap(logits)
             node = tensor_of(first)
+        elif (kept := _blended(node, logits)) is not None:
+            node, logits.exact = kept, True
         elif node.target in _TIMES or node.target in _OVER:
             node = _read_factor(node, logits)
         elif node.target in (*_SUMS, *_WHERE, *_FILL):
@@ -185,6 +189,42 @@ def scale_of(factors: Sequence[Factor]) -> float:
             raise NotUnderstoodError(f"{factor.name} is not a number")
         scale = scale / factor if divides else scale * factor
     return scale
+
+
+def _blended(node: fx.Node, logits: Logits) -> fx.Node | None:
+    """Return the logits of ``logits * mask + low * (1 - mask)``, as GPT writes it, if the last mask is the second term.
+
+    Where that adds zero, the mask is one, and nothing is multiplied; where it hides, what else is there doesn't matter.
+    """
+    if node.target is not aten.mul.Tensor or not logits.parts or logits.parts[-1].yes is not None:
+        return None
+    mask = _complement(logits.parts[-1].node)
+    for inner, factor in (node.args[:2], node.args[1::-1]):
+        same = mask is not None and isinstance(factor, fx.Node) and _uncast(factor) is mask
+        if same and isinstance(inner, fx.Node) and _fits(inner, node):
+            return inner
+    return None
+
+
+def _complement(node: fx.Node) -> fx.Node | None:
+    """Return the mask in ``number * (1 - mask)``."""
+    node = skip_no_ops(node)
+    while node.target in (*_TIMES, *_OVER, aten.neg.default):
+        numbers = [arg for arg in node.args[1:2] if isinstance(arg, fx.Node)]
+        if numbers or not isinstance(node.args[0], fx.Node):
+            return None
+        node = skip_no_ops(node.args[0])
+    if node.target is aten.rsub.Scalar and tuple(node.args[1:]) == (1,):
+        return _uncast(tensor_of(node.args[0]))
+    return None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """Return what was cast, a condition perhaps."""
+    node = skip_no_ops(node)
+    while node.target is aten._to_copy.default:
+        node = skip_no_ops(tensor_of(node.args[0]))
+    return node
 
 
 def _read_factor(node: fx.Node, logits: Logits) -> fx.Node:

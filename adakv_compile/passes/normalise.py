@@ -58,7 +58,7 @@ def normalise(program: Program) -> Program:
                     call, result = _Writer(program, node, meaning).write()
             except NotUnderstoodError:
                 continue
-            spelled[call] = Spelled(result, meaning.product)
+            spelled[call] = Spelled(result, meaning.product, meaning.logits.exact)
     superseded = _only_for(stood_for.original for stood_for in spelled.values())
     return dataclasses.replace(
         program, spelled=spelled, superseded=superseded, refused=refused, checks=tuple(checks.values())
@@ -79,7 +79,8 @@ def _written_out(program: Program, node: fx.Node) -> tuple[fx.Node, Spelled, Blo
         if original in program.outputs:
             raise NotUnderstoodError("its result is returned as it is")
         with graph.inserting_before(original.next):
-            writer = _Writer(program, written.softmax, understand(written.softmax))
+            meaning = understand(written.softmax)
+            writer = _Writer(program, written.softmax, meaning)
             call, result = writer.write()
             result = writer.lay_out_as(original, result)
     except NotUnderstoodError:
@@ -89,7 +90,7 @@ def _written_out(program: Program, node: fx.Node) -> tuple[fx.Node, Spelled, Blo
     for spare in reversed(emit.made):
         if not spare.users:
             graph.erase_node(spare)
-    return call, Spelled(result, original), written.check
+    return call, Spelled(result, original, meaning.logits.exact), written.check
 
 
 def why_not_attention(softmax: fx.Node) -> str:

@@ -145,6 +145,9 @@ def _decide(
         action = _action(site, key)
         if isinstance(action, Refusal):
             return action
+        spelled = program.spelled.get(site.node)
+        if spelled is not None and spelled.exact and (proof.biased or not proof.proved):
+            return Refusal(Reason.MASK_UNPROVEN, "the logits are multiplied by a mask that may be more than 0 and 1")
         prefill = action is Action.COMPRESS
         mask = _mask_of_prefill(site, key, proof, options) if prefill else _mask_of_past(site, key, proof)
         if isinstance(mask, Refusal):

@@ -100,7 +100,10 @@ def float_arithmetic(
     if not (isinstance(left, Float) and isinstance(right, Float)):
         return None
     if not (_is_exact(left.value, dtype) and _is_exact(right.value, dtype)):
-        return None
+        result = operate(left.value, right.value)
+        # Times one, plus zero: the result is one of the operands, rounded as it is in the dtype.
+        plain = result == 0 or abs(result) in (abs(left.value), abs(right.value))
+        return Float(torch.tensor(result, dtype=dtype).item()) if plain else None
     result = _fit(operate(left.value, right.value), dtype)
     return Float(result) if not math.isnan(result) and _is_exact(result, dtype) else None
 

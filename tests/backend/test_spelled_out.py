@@ -64,6 +64,8 @@ MEANT: dict[str, Attend] = {
     "over the first of two dimensions": lambda q, k, v, seen: (
         (v.mT @ (k @ q.mT / 4 + additive(seen).mT).softmax(-2)).mT
     ),
+    "blended with a mask": lambda q, k, v, seen: weigh((q @ k.mT / 4) * seen.float() + -1e4 * (1 - seen.float()), v),
+    "blended as GPT-2 did": lambda q, k, v, seen: weigh((b := seen.float()) * (q @ k.mT / 4) - 1e10 * (1 - b), v),
     "the last dimension by its number": lambda q, k, v, seen: (q @ k.mT / 4 + additive(seen)).softmax(3) @ v,
 }
 
@@ -120,6 +122,18 @@ def test_a_prompt_by_the_operator_without_a_mask() -> None:
 
 
 OTHER: dict[str, Attend] = {
+    "blended with half a mask": lambda q, k, v, seen: weigh(
+        (q @ k.mT / 4) * (b := torch.where(seen, 0.5, 0.0)) + -1e4 * (1 - b), v
+    ),
+    "blended with two masks": lambda q, k, v, seen: weigh(
+        (q @ k.mT / 4) * (torch.arange(k.shape[2]) % 3).float() + -1e4 * (1 - seen.float()), v
+    ),
+    "blended with a mask twice as large": lambda q, k, v, seen: weigh(
+        (q @ k.mT / 4) * (2 * seen.float()) + -1e4 * (1 - seen.float()), v
+    ),
+    "blended the other way round": lambda q, k, v, seen: weigh(
+        (q @ k.mT / 4) * (1 - (b := (~seen).float())) + -1e4 * (1 - b), v
+    ),
     "filled with an ordinary number": lambda q, k, v, seen: weigh(
         (q @ k.mT / 4).masked_fill(~seen, -torch.inf).masked_fill(torch.arange(k.shape[2]) % 3 == 0, -1.0), v
     ),
