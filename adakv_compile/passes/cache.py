@@ -242,7 +242,7 @@ def _returned_in_pair(program: Program, axes: Axes, targets: Mapping[fx.Node, Di
             continue
         parts = cast("list[fx.Node]", holder.args[0])
         held = [_held(axes, part, targets) for part in parts]
-        if len(parts) != 2 or (held[0] is None) == (held[1] is None):
+        if len(parts) != 2 or (held[0] is None) == (held[1] is None) or not _same_shape(*parts):
             continue
         index = 0 if held[1] is None else 1
         target, dims = cast("tuple[fx.Node, Dims]", held[index])
@@ -255,6 +255,11 @@ def _returned_in_pair(program: Program, axes: Axes, targets: Mapping[fx.Node, Di
             dims = (*dims[:dim], (axis, *dims[dim]), *dims[dim + 1 :])
         found.append(_Returned(slot, target, target, dims, holder))
     return found
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    first, second = shape_of(one), shape_of(other)
+    return len(first) == len(second) and all(same_size(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _held(axes: Axes, part: fx.Node, targets: Mapping[fx.Node, Dims]) -> tuple[fx.Node, Dims] | None:
