@@ -21,6 +21,7 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
 from torch.utils._sympy.printers import PythonPrinter
@@ -29,6 +30,7 @@ __all__ = [
     "CapturedGraph",
     "FakeTensor",
     "FakeTensorMode",
+    "arguments_of",
     "capture",
     "compile_graph",
     "compile_when_called",
@@ -54,6 +56,11 @@ def fake_mode_of_this_compile() -> FakeTensorMode | None:
     """Return the fake mode in which Dynamo traced the graph that is being compiled, if any."""
     context = TracingContext.try_get()
     return None if context is None else context.fake_mode
+
+
+def arguments_of(operator: OpOverload) -> tuple[str, ...]:
+    """Return the names of an operator's arguments, in order."""
+    return tuple(argument.name for argument in operator._schema.arguments)
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

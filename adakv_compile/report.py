@@ -18,6 +18,10 @@ class Reason(Enum):
     NO_CACHE = "the keys and values are not returned to the caller, so there is no cache to compress"
     SPELLED_OUT = "the attention is written out with softmax and matmul in a way that is not understood"
     OPERATOR = "the attention is computed by an operator whose meaning is not known"
+    PACKED = (
+        "the attention is over sequences packed one after the other: which entries belong to which sequence is data, "
+        "and a cache of them has no rows to share a budget out to"
+    )
     DROPOUT = "the attention drops probabilities; put the model in evaluation mode"
     HEADS = "the query heads are not a multiple of the key heads, or keys and values have different heads"
     CACHE_FORM = (

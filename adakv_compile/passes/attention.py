@@ -14,6 +14,7 @@ from adakv_compile.capture import Program
 from adakv_compile.kernels import attention
 from adakv_compile.passes.axes import Axes, Dims, Step, climb
 from adakv_compile.passes.emit import Order
+from adakv_compile.passes.flash import operator_of, refuse_packed
 from adakv_compile.passes.nodes import arg, same_size, shape_of, source_line, static_int
 from adakv_compile.passes.normalise import why_not_attention
 from adakv_compile.passes.products import PRODUCTS
@@ -157,16 +158,20 @@ def find_attention(program: Program) -> tuple[AttentionSite | Unsupported, ...]:
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, why_not_attention(node), source_line(node))))
         elif node.target in _LOG_SOFTMAXES and _is_weights(node):
             found.append(Unsupported(node, Refusal(Reason.SPELLED_OUT, "by logarithms", source_line(node))))
-        elif node.op == "call_function" and node not in program.superseded and _is_named_attention(str(node.target)):
-            why = program.refused.get(node)
-            detail = str(node.target) if why is None else f"{node.target}: {why}"
-            found.append(Unsupported(node, Refusal(Reason.OPERATOR, detail, source_line(node))))
+        elif node not in program.superseded and _is_named_attention(node):
+            found.append(Unsupported(node, refuse_packed(node) or _refuse_named(node, program.refused.get(node))))
     return tuple(found)
 
 
-def _is_named_attention(target: str) -> bool:
+def _is_named_attention(node: fx.Node) -> bool:
     """Whether an operator's name says that it attends: flex_attention, FlashAttention's, another library's."""
-    return "attention" in target or "attn" in target
+    name = str(operator_of(node) or node.target)
+    return node.op == "call_function" and ("attention" in name or "attn" in name)
+
+
+def _refuse_named(node: fx.Node, why: str | None) -> Refusal:
+    name = str(operator_of(node) or node.target)
+    return Refusal(Reason.OPERATOR, name if why is None else f"{name}: {why}", source_line(node))
 
 
 def _is_weights(softmax: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from adakv_compile.passes.inline import inline
 from adakv_compile.passes.literals import NotUnderstoodError
 from adakv_compile.passes.nodes import same_size, shape_of, skip_no_ops, static_int
 
-__all__ = ["FLEX", "WrittenOut", "write_out"]
+__all__ = ["FLEX", "WrittenOut", "count_keys", "first_result", "size_of", "write_out"]
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def write_out(program: Program, node: fx.Node, emit: Emitter) -> WrittenOut:
     Raises:
         NotUnderstoodError: It can't be written out.
     """
-    original = _output(node)
+    original = first_result(node)
     query, key, value = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     block_mask = cast("tuple[object, ...]", node.args[4])
     scale = node.args[5]
@@ -84,11 +84,11 @@ def write_out(program: Program, node: fx.Node, emit: Emitter) -> WrittenOut:
     return WrittenOut(original, softmax, check)
 
 
-def _output(node: fx.Node) -> fx.Node:
-    """Return the only result that is used.
+def first_result(node: fx.Node) -> fx.Node:
+    """Return the first of several results, an attention's output, if it is the only one that is used.
 
     Raises:
-        NotUnderstoodError: The log-sum-exp or the maxima are used as well.
+        NotUnderstoodError: The log-sum-exp or another one is used as well.
     """
     users = [user for user in node.users if user.users]
     if len(users) != 1 or users[0].target is not operator.getitem or users[0].args[1] != 0:
@@ -119,23 +119,39 @@ def _positions(emit: Emitter, query: fx.Node, key: fx.Node) -> tuple[fx.Node, ..
     found: list[fx.Node] = []
     new, total = shape_of(query)[2], shape_of(key)[2]
     for dim, size in enumerate((*shape_of(query)[:3], total)):
-        try:
-            count = emit.size(size)
-        except RuntimeError:
-            count = _sum(emit, total - new, new) if dim == 3 else None
-        if count is None:
-            raise NotUnderstoodError(f"no value of the graph holds the size {size}")
+        count = count_keys(emit, total, new) if dim == 3 else size_of(emit, size)
         index = emit.call(aten.arange.default, count, dtype=torch.int32, device=device)
         found.append(emit.call(aten.view.default, index, [-1 if dim == other else 1 for other in range(4)]))
     return tuple(found)
 
 
-def _sum(emit: Emitter, past: int | torch.SymInt, new: int | torch.SymInt) -> fx.Node | None:
-    """Return a number of keys, as what the cache holds and what is new; not as a size of the keys, which go away."""
+def count_keys(emit: Emitter, total: int | torch.SymInt, new: int | torch.SymInt) -> int | fx.Node:
+    """Return the number of keys as an argument: as a size of other tensors than the keys, which go away.
+
+    Args:
+        emit: Adds a call if no value of the graph holds it.
+        total: The number of keys.
+        new: The number of queries.
+
+    Raises:
+        NotUnderstoodError: Nor does one hold how many the cache holds.
+    """
     try:
-        return emit.call(operator.add, emit.size(past), emit.size(new))
+        return emit.size(total)
     except RuntimeError:
-        return None
+        return emit.call(operator.add, size_of(emit, total - new), size_of(emit, new))
+
+
+def size_of(emit: Emitter, size: int | torch.SymInt) -> int | fx.Node:
+    """Return a size as an argument.
+
+    Raises:
+        NotUnderstoodError: No value of the graph holds it.
+    """
+    try:
+        return emit.size(size)
+    except RuntimeError as failure:
+        raise NotUnderstoodError(str(failure)) from failure
 
 
 def _products(emit: Emitter, query: fx.Node, key: fx.Node, scale: float) -> fx.Node:

@@ -16,6 +16,7 @@ from adakv_compile.block_masks import BlockTable
 from adakv_compile.capture import Program, Spelled
 from adakv_compile.kernels import attention
 from adakv_compile.passes.emit import Emitter
+from adakv_compile.passes.flash import is_flash, say_flash
 from adakv_compile.passes.flex import FLEX, write_out
 from adakv_compile.passes.literals import Factor, NotUnderstoodError
 from adakv_compile.passes.logits import Part, scale_of
@@ -49,6 +50,13 @@ def normalise(program: Program) -> Program:
             spelled[call] = stood_for
             if check is not None:
                 checks[(check.tables, check.block, check.visible.code)] = check
+        elif is_flash(node):
+            try:
+                call, stood_for = say_flash(program, node)
+            except NotUnderstoodError as failure:
+                refused[node] = str(failure)
+                continue
+            spelled[call] = stood_for
         elif node.target in SOFTMAXES:
             try:
                 meaning = understand(node)
