@@ -49,7 +49,12 @@ def render(rows: Sequence[Row]) -> str:
     failing = sum(bool(row.problems) for row in rows)
     page = _HEAD.format(torch=torch.__version__.partition("+")[0], transformers=transformers.__version__)
     page += "".join(f"| {status}: {_MEANING[status]} | {counts[status]} |\n" for status in _ORDER if counts[status])
-    page += f"| in all | {len(rows)} |\n\n{failing} of them fail a check.\n\n"
+    cached = counts["compressed"] + counts["partly compressed"] + counts["refused"]
+    page += f"| in all | {len(rows)} |\n\n{failing} of them fail a check."
+    if cached:
+        share = counts["compressed"] / cached
+        page += f" {counts['compressed']} of the {cached} with a cache, {share:.1%}, are compressed."
+    page += "\n\n"
     page += "| Type | Status | Attentions | Graphs | Why; what fails |\n| --- | --- | --- | --- | --- |\n"
     for row in sorted(rows, key=lambda row: row.name):
         ran = row.status not in ("not run", "crashed")
