@@ -95,6 +95,14 @@ class Pieces:
         spelled = self.program.spelled.get(planned.site.node)
         return planned.site.node if spelled is None else spelled.result
 
+    def later(self, node: fx.Node, *others: fx.Node) -> fx.Node:
+        """Return the last of some nodes; a cache may be cut to its newest entries after the attention."""
+        wanted, last, after = set(others), node, node.next
+        while wanted and after.op != "output":
+            last = after if after in wanted else last
+            after = after.next
+        return last
+
     def open(self, owner: PlannedSite, appends: int | torch.SymInt) -> Opened:
         """Return the store behind a past, as inputs of the graph."""
         if owner.index not in self.opened:

@@ -128,7 +128,7 @@ class _Rewriter(Pieces):
         caches = [self.without_empty_past(update) for update in (planned.key, planned.value)]
         lse = self._attend(planned)
         # Right after the attention, so that this layer's dense cache dies before the next layer's is made.
-        with self.graph.inserting_before(self.last_of(planned).next):
+        with self.graph.inserting_before(self.later(self.last_of(planned), *caches).next):
             key, value = (
                 self.arranged(emit, planned, self.embedded(planned, cache, which), update.dims, which)
                 for cache, (update, which) in zip(caches, kinds(planned), strict=True)

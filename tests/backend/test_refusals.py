@@ -116,12 +116,6 @@ class _Reversed(OneLayer):
         return y, (k.flip(2), v.flip(2))
 
 
-class _OldestKept(OneLayer):
-    def forward(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        y, (k, v) = super().forward(x, cache)
-        return y, (k[:, :, -20:], v[:, :, -20:])
-
-
 class _WrongRepeat(OneLayer):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat(1, 2, 1, 1) for t in (k, v))
@@ -135,7 +129,6 @@ STRUCTURES: dict[str, type[OneLayer]] = {
     "keys returned for values": _ValuesOnly,
     "keys used as values": _OneTensor,
     "cache returned reversed": _Reversed,
-    "old entries dropped under a full mask": _OldestKept,
     "heads repeated in the wrong order": _WrongRepeat,
     "dropout": _Dropping,
 }
