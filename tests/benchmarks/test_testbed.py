@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from adakv_compile.evaluation import ruler, words
+from adakv_compile.evaluation import needle, ruler, words
+from benchmarks.testbed import evaluate, model
 from benchmarks.testbed import tokenizer as pieces
 from benchmarks.testbed.corpus import Corpus, held_out
 from benchmarks.testbed.train import STAGES
@@ -74,3 +75,11 @@ def test_a_seed_fixes_the_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     other, _ = Corpus(tokenizer, 6).batch(256, 4)
     assert (first == again).all()
     assert not (first == other).all()
+
+
+def test_the_weights_belong_to_the_generators_of_today(tokenizer: PreTrainedTokenizerFast) -> None:
+    kept = AutoTokenizer.from_pretrained(model.WEIGHTS)
+    assert kept.get_vocab() == tokenizer.get_vocab()
+    network = AutoModelForCausalLM.from_pretrained(model.WEIGHTS).eval()
+    samples = list(needle.samples(kept, [512], [0, 50, 100], 1, 7))
+    assert evaluate.score(network, kept, "needle", 512, samples).mean == 1.0
