@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 __all__ = ["METRICS", "Metric", "dataset_score", "normalised"]
@@ -22,6 +24,7 @@ _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION: Final = frozenset(string.punctuation)
 _NUMBER: Final = re.compile(r"\d+")
 _PARAGRAPH: Final = re.compile(r"Paragraph (\d+)")
+_PLAIN_RECURSION: Final = 1000
 _CONTROL: Final = re.compile(r"[\x00-\x1f]")
 
 
@@ -53,6 +56,17 @@ def _qa_f1(prediction: str, answer: str, _: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+@contextmanager
+def _recursion_limit(limit: int) -> Generator[None]:
+    """Let Python recurse as deep as it does by itself: compilers raise the limit, and a score must not depend on that."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 def _rouge_l(prediction: str, answer: str, _: Sequence[str]) -> float:
     """Return the F of ROUGE-L as the package ``rouge`` has it.
 
@@ -65,7 +79,8 @@ def _rouge_l(prediction: str, answer: str, _: Sequence[str]) -> float:
     from rouge import Rouge  # pyright: ignore[reportMissingTypeStubs]
 
     try:
-        scores: Any = Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)
+        with _recursion_limit(_PLAIN_RECURSION):
+            scores: Any = Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)
     except (ValueError, RecursionError, ZeroDivisionError):
         return 0.0
     return float(scores["rouge-l"]["f"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from adakv_compile.evaluation.longbench import DATASETS
@@ -75,10 +77,17 @@ def test_rouge_l_of_nothing_is_zero(prediction: str) -> None:
     assert score("rouge_l", "a summary", prediction) == 0.0
 
 
-def test_rouge_l_of_a_sentence_beyond_the_recursion_limit_is_zero() -> None:
+@pytest.mark.parametrize("limit", [1000, 20_000])
+def test_rouge_l_of_a_sentence_beyond_pythons_recursion_limit_is_zero_whatever_it_was_raised_to(limit: int) -> None:
     pytest.importorskip("rouge")
     endless = " ".join(map(str, range(1200)))
-    assert score("rouge_l", endless, endless) == 0.0
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try:
+        assert score("rouge_l", endless, endless) == 0.0
+        assert sys.getrecursionlimit() == limit
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_classification_is_shared_among_the_classes_named() -> None:
