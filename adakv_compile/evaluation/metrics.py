@@ -58,7 +58,7 @@ def _qa_f1(prediction: str, answer: str, _: Sequence[str]) -> float:
 
 @contextmanager
 def _recursion_limit(limit: int) -> Generator[None]:
-    """Let Python recurse as deep as it does by itself: compilers raise the limit, and a score must not depend on that."""
+    """Let Python recurse as deep as it does by itself: compilers raise the limit, which must not change a score."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(limit)
     try:
