@@ -101,8 +101,11 @@ class Corpus:
         return groups[:keys]
 
     def _turn(self, groups: Sequence[Sequence[niah.Needle]]) -> list[str]:
-        """Return the texts before the answer and the answer."""
-        asked = [needle for group in groups for needle in self.random.sample(group, len(group))]
+        """Return the texts before the answer and the answer: key after key, the values of each as the text has them.
+
+        Told in any other order, a value would not say which comes next, and no training would make the answer sure.
+        """
+        asked = [needle for group in groups for needle in group]
         texts = niah.prompt(asked[0].kind, [group[0].key for group in groups], several=len(asked) > 1)
         answer = " ".join(f"{needle.key} is: {needle.value}." for needle in asked)
         return [texts.introduction, texts.question + texts.answer_prefix, answer]
@@ -130,6 +133,11 @@ class Corpus:
         most = max(1, room // (3 * values * size))
         keys = min(most, rng.choice((2, 4, 8)) if haystack == "needles" else rng.choice((1, 2, 4, 4, 4, 8, 16)))
         groups = self._draw(kind, key, keys, values)
+        # The order of the text. That of a key's values is theirs in the answer, too.
+        needles = [needle for group in groups for needle in group]
+        rng.shuffle(needles)
+        place = {needle.value: i for i, needle in enumerate(needles)}
+        groups = [sorted(group, key=lambda needle: place[needle.value]) for group in groups]
 
         turns: list[list[str]] = []
         used = 0
@@ -144,13 +152,12 @@ class Corpus:
                 break
             used += cost
             turns.append(self._turn(together))
-        return self._assemble(length, haystack, [n.sentence for g in groups for n in g], turns, kind, key)
+        return self._assemble(length, haystack, [needle.sentence for needle in needles], turns, kind, key)
 
     def _assemble(
         self, length: int, haystack: str, needles: list[str], turns: list[list[str]], kind: niah.Kind, key: niah.Kind
     ) -> tuple[Ids, Mask]:
         rng = self.random
-        rng.shuffle(needles)
         encoded = self._encode([turns[0][0], *needles, *(text for turn in turns for text in turn[1:])])
         introduction, facts, said = encoded[0], encoded[1 : 1 + len(needles)], encoded[1 + len(needles) :]
         tail: list[_Piece] = []
