@@ -45,6 +45,7 @@ Window = Annotated[int | None, typer.Option("--window", help="Observation window
 Extra = Annotated[
     list[str] | None, typer.Option("--option", "-o", metavar="NAME=VALUE", help="Any other option of the backend.")
 ]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples that are answered together, padded on the left.")]
 Inner = Annotated[str, typer.Option("--inner", help="Compiler: inductor, aot_eager or eager.")]
 DType = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto (the GPU if there is one), cpu, cuda, cuda:1, ...")]
@@ -67,6 +68,7 @@ class _Request:
     seeds: str
     window: int | None
     option: list[str] | None
+    batch: int
     inner: str
     dtype: str
     device: str
@@ -94,12 +96,14 @@ def needle(
     ] = "string_match_all",
     window: Window = None,
     option: Extra = None,
+    batch: Batch = 1,
     inner: Inner = "inductor",
     dtype: DType = "auto",
     device: Device = "auto",
 ) -> None:
     """Hide facts in a long text, at a grid of lengths and depths, and ask for them."""
-    request = _Request("needle", model, methods, budgets, protocol, out, seeds, window, option, inner, dtype, device)
+    backend = (window, option, batch, inner, dtype, device)
+    request = _Request("needle", model, methods, budgets, protocol, out, seeds, *backend)
     screen = Console(stderr=True)
     with clear_errors(screen):
         lengths, places = _integers("length", length), [float(depth) for depth in _numbers("depths", depths)]
@@ -128,12 +132,14 @@ def ruler(
     count: Annotated[int, typer.Option("--count", min=1, help="Samples of a task and length.")] = 50,
     window: Window = None,
     option: Extra = None,
+    batch: Batch = 1,
     inner: Inner = "inductor",
     dtype: DType = "auto",
     device: Device = "auto",
 ) -> None:
     """Run RULER's tasks, made from a seed at any length."""
-    request = _Request("ruler", model, methods, budgets, protocol, out, seeds, window, option, inner, dtype, device)
+    backend = (window, option, batch, inner, dtype, device)
+    request = _Request("ruler", model, methods, budgets, protocol, out, seeds, *backend)
     screen = Console(stderr=True)
     with clear_errors(screen):
         from adakv_compile.evaluation import ruler as benchmark
@@ -171,12 +177,14 @@ def longbench(
     ] = None,
     window: Window = None,
     option: Extra = None,
+    batch: Batch = 1,
     inner: Inner = "inductor",
     dtype: DType = "auto",
     device: Device = "auto",
 ) -> None:
     """Run LongBench's 16 English and code data sets."""
-    request = _Request("longbench", model, methods, budgets, protocol, out, "0", window, option, inner, dtype, device)
+    backend = (window, option, batch, inner, dtype, device)
+    request = _Request("longbench", model, methods, budgets, protocol, out, "0", *backend)
     screen = Console(stderr=True)
     with clear_errors(screen):
         from adakv_compile.evaluation import longbench as benchmark
@@ -224,8 +232,8 @@ def _evaluate(
     _check_lengths(loaded, lengths)
     with screen.status("writing the texts"):
         samples = {seed: tuple(make(loaded, seed)) for seed in seeds}
-    plan = Plan(chosen, protocols, samples, options)
-    told = {"protocols": protocols, "seeds": seeds, "options": options, **told}
+    plan = Plan(chosen, protocols, samples, options, request.batch)
+    told = {"batch": request.batch, "protocols": protocols, "seeds": seeds, "options": options, **told}
     with Records(request.directory, _configuration(request, loaded, chosen, told)) as records:
         _run(screen, request, loaded, plan, records)
         found = list(records.done.values())

@@ -1,4 +1,4 @@
-"""One measured answer: a prompt read and compressed, then greedy decoding, one sequence at a time."""
+"""Measured answers: prompts read and compressed, then greedy decoding, one sequence or several at a time."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from adakv_compile import _torch
 from adakv_compile.evaluation.errors import EvaluationError
 from adakv_compile.evaluation.prompts import Prompt
+from adakv_compile.evaluation.rows import Rows
 from adakv_compile.runtime.stats import CacheStats, cache_stats
 
 __all__ = ["Answer", "Answerer", "positions_of"]
@@ -29,12 +30,13 @@ class Answer:
         dense: Entries of all heads that a full cache has then.
         held: Entries of all heads at the end.
         expected: Entries of all heads at the end if nothing was evicted again.
-        bytes_held: Bytes of the cache after the compression.
-        bytes_dense: Bytes of a full one.
-        peak_bytes: Most bytes allocated on the device while answering, the weights included; None on a CPU.
+        bytes_held: Bytes of the cache after the compression; its share of the batch's.
+        bytes_dense: Bytes of a full one, without padding.
+        peak_bytes: Most bytes allocated on the device while the batch was answered, the weights included; None on a
+            CPU.
         compressed: Whether a layer's cache was compressed at all.
-        prefill_seconds: Seconds of the call that reads what is compressed, compilation apart.
-        step_seconds: Mean seconds of a call with one token, compilation apart; None if there was none.
+        prefill_seconds: Seconds of the call that reads what is compressed, of the whole batch, compilation apart.
+        step_seconds: Mean seconds of a call with one token of every row, compilation apart; None if there was none.
         compiling_seconds: Seconds of compilation.
     """
 
@@ -95,24 +97,17 @@ class Answerer:
         self._device = device
         self._positions = positions_of(model)
         self._ends = _ends(model, tokenizer)
+        given = inspect.signature(model.forward).parameters
         # Logits of a long prompt take more memory than its cache.
-        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._how: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
+        self._how: dict[str, Any] = {"use_cache": True, **({"logits_to_keep": 1} if "logits_to_keep" in given else {})}
+        self._takes_positions = "position_ids" in given
 
-    @torch.no_grad()
-    def answer(self, prompt: Prompt, most: int, stop: Sequence[str] = ()) -> Answer:
-        """Read a prompt and answer it greedily.
-
-        What is compressed is read in one call. A question after it is read token by token: read at once it would be
-        a further turn, which the backend compresses by the question's own queries. So the cache grows by the question.
+    def check(self, prompt: Prompt, most: int) -> None:
+        """Check that a prompt can be answered.
 
         Args:
             prompt: The prompt.
             most: Most tokens to generate.
-            stop: Texts whose last token ends the answer, too; with any, the first token is never an ending one.
-
-        Returns:
-            The answer.
 
         Raises:
             EvaluationError: The prompt is empty, or longer than the model with its answer.
@@ -124,58 +119,113 @@ class Answerer:
                 f"the prompt has {prompt.tokens:,} tokens and the answer up to {most:,}, but the model has "
                 f"{self._positions:,} positions"
             )
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[Prompt], most: int, stop: Sequence[str] = ()) -> list[Answer]:
+        """Read prompts and answer them greedily, each as if it were alone.
+
+        What is compressed is read in one call. A question after it is read token by token: read at once it would be
+        a further turn, which the backend compresses by the question's own queries. So the cache grows by the question.
+        Shorter prompts and shorter questions are padded on the left and the padding is masked out.
+
+        Args:
+            prompts: The prompts, all checked; at least one.
+            most: Most tokens to generate.
+            stop: Texts whose last token ends the answer, too; with any, the first token is never an ending one.
+
+        Returns:
+            The answers, in order.
+        """
         on_gpu = self._device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         ends = self._ends | {last for text in stop if (last := self._last_token(text)) is not None}
         watch = _Watch(self._device)
-        logits, cache = self._call(prompt.compressed, None)
+        rows = Rows(prompts, next(iter(sorted(ends)), 0), self._device)
+        logits, cache = self._call(*rows.compressed(), None)
         prefill = watch.lap()
         after = cache_stats(cache)
         reading = watch.compiling
         watch.lap()
         watch.compiling = reading
         steps = 0
-        for token in prompt.question:
-            logits, cache = self._call((token,), cache)
+        for column in range(rows.longest_question):
+            logits, cache = self._call(*rows.question(column), cache)
             steps += 1
-        tokens: list[int] = []
+        answers: list[list[int]] = [[] for _ in prompts]
         while True:
-            if stop and not tokens:
-                logits[list(ends)] = float("-inf")
-            tokens.append(int(logits.argmax()))
-            if tokens[-1] in ends or len(tokens) == most:
+            if stop and not answers[0]:
+                logits[:, list(ends)] = float("-inf")
+            chosen = logits.argmax(-1).tolist()
+            for told, token in zip(answers, chosen, strict=True):
+                if not _is_over(told, ends, most):
+                    told.append(token)
+            if all(_is_over(told, ends, most) for told in answers):
                 break
-            logits, cache = self._call((tokens[-1],), cache)
+            logits, cache = self._call(*rows.told(chosen), cache)
             steps += 1
         decoding = watch.lap()
-        if tokens[-1] in ends:
-            tokens.pop()
-        return Answer(
-            tokens=tuple(tokens),
-            heads=tuple(tuple(layer.head_lengths[0].tolist()) for layer in after.layers),
-            kept=_entries(after),
-            dense=sum(layer.head_lengths.shape[1] * layer.logical_length for layer in after.layers),
-            held=_entries(cache_stats(cache)),
-            expected=_entries(after) + steps * sum(layer.head_lengths.shape[1] for layer in after.layers),
-            bytes_held=after.bytes_held,
-            bytes_dense=after.bytes_dense,
-            peak_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
-            compressed=any(layer.compressed for layer in after.layers),
-            prefill_seconds=prefill,
-            step_seconds=decoding / steps if steps else None,
-            compiling_seconds=watch.compiling,
-        )
+        at_end = cache_stats(cache)
+        shared = {
+            "peak_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
+            "compressed": any(layer.compressed for layer in after.layers),
+            "prefill_seconds": prefill,
+            "step_seconds": decoding / steps if steps else None,
+            "compiling_seconds": watch.compiling,
+        }
+        return [
+            Answer(
+                tokens=tuple(told[:-1] if told[-1] in ends else told),
+                expected=_entries(after, row) + steps * sum(layer.head_lengths.shape[1] for layer in after.layers),
+                held=_entries(at_end, row),
+                **_after_compression(after, row, len(prompt.compressed), rows.padded_length),
+                **shared,
+            )
+            for row, (prompt, told) in enumerate(zip(prompts, answers, strict=True))
+        ]
 
-    def _call(self, ids: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        """Return the logits ``[V]`` of the next token, and the cache."""
-        given = {} if cache is None else {"past_key_values": cache}
-        out = self._model(input_ids=torch.tensor([ids], device=self._device), **given, **self._how)
-        return out.logits[0, -1], out.past_key_values
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> tuple[torch.Tensor, Any]:
+        """Return the logits ``[B, V]`` of the next tokens, and the cache.
+
+        Args:
+            ids: ``[B, T]``.
+            mask: ``[B, L]`` int64, 1 for real tokens, all of them so far; None if all are.
+            cache: What the call before returned.
+        """
+        given: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        if mask is not None:
+            given["attention_mask"] = mask
+            if self._takes_positions:
+                given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = self._model(input_ids=ids, **given, **self._how)
+        return out.logits[:, -1], out.past_key_values
 
     def _last_token(self, text: str) -> int | None:
         ids = self._tokenizer(text, add_special_tokens=False).input_ids
         return ids[-1] if ids else None
+
+
+def _is_over(told: Sequence[int], ends: frozenset[int], most: int) -> bool:
+    return bool(told) and (told[-1] in ends or len(told) == most)
+
+
+def _after_compression(stats: CacheStats, row: int, length: int, padded: int) -> dict[str, Any]:
+    """Return what a row of a cache holds: a prompt of ``length`` tokens, padded to ``padded``."""
+    # The layers of a model with sliding windows may hold fewer tokens than the prompt has.
+    tokens = [min(layer.logical_length, length) for layer in stats.layers]
+    heads = [
+        # Of a dense layer the padding counts as held.
+        tuple(layer.head_lengths[row].tolist()) if layer.compressed else (count,) * layer.head_lengths.shape[1]
+        for layer, count in zip(stats.layers, tokens, strict=True)
+    ]
+    batch = stats.layers[0].head_lengths.shape[0]
+    return {
+        "heads": tuple(heads),
+        "kept": sum(map(sum, heads)),
+        "dense": sum(len(some) * count for count, some in zip(tokens, heads, strict=True)),
+        "bytes_held": stats.bytes_held // batch,
+        "bytes_dense": stats.bytes_dense * length // (batch * padded),
+    }
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -185,5 +235,5 @@ def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in (*ends, tokenizer.eos_token_id) if isinstance(token, int))
 
 
-def _entries(stats: CacheStats) -> int:
-    return sum(int(layer.head_lengths.sum()) for layer in stats.layers)
+def _entries(stats: CacheStats, row: int) -> int:
+    return sum(int(layer.head_lengths[row].sum()) for layer in stats.layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,12 @@ class Stub:
         self.errors = list(errors)
         self.asked = 0
 
-    def answer(self, answerer: Any, prompt: Prompt, most: int, stop: Any = ()) -> Any:
+    def answer(self, answerer: Any, prompts: Sequence[Prompt], most: int, stop: Any = ()) -> Any:
         self.asked += 1
         error = self.errors.pop(0) if self.errors else None
         if error is not None:
             raise error
-        return ANSWER
+        return [ANSWER] * len(prompts)
 
 
 ANSWER = runner.Answer((129,), ((1,),), 1, 9, 1, 1, 1, 9, None, True, 0.1, 0.1, 0.0)
@@ -117,6 +117,7 @@ def without_model(monkeypatch: pytest.MonkeyPatch) -> Any:
     def replaced(*errors: BaseException | None) -> Stub:
         stub = Stub(*errors)
         monkeypatch.setattr(runner, "_compile", lambda *_: None)
+        monkeypatch.setattr(Answerer, "check", lambda *_: None)
         monkeypatch.setattr(Answerer, "answer", lambda *args: stub.answer(*args))
         return stub
 
@@ -128,6 +129,37 @@ def go(loaded: Loaded, directory: Path, *seeds: int) -> list[Any]:
     with Records(directory, {}) as records:
         run(plan, loaded.model, loaded.tokenizer, loaded.device, records, lambda _: None)
         return list(records.done.values())
+
+
+def test_a_batch_is_answered_as_its_rows_are_alone(found: Found, loaded: Loaded, tmp_path: Path) -> None:
+    # Four prompts of three lengths, one with a longer question, so that both are padded.
+    longer = replace(fact(4, filler=90), question=" the recall alice")
+    samples = (*SAMPLES[:2], longer, *SAMPLES[2:])
+    plan = Plan((Setting("ada-snapkv", BUDGET), Setting("ada-snapkv", 0.3)), PROTOCOLS, {0: samples}, OPTIONS)
+    together: Found = {}
+    for batch in (1, 4):
+        with Records(tmp_path / str(batch), {}) as records:
+            run(replace(plan, batch=batch), loaded.model, loaded.tokenizer, loaded.device, records, lambda _: None)
+            told = {key: {**r, "batch": None} for key, r in records.done.items()}
+        for record in told.values():
+            for name in ("prefill_seconds", "step_seconds", "compiling_seconds", "bytes_held"):
+                record.pop(name, None)
+        together = together or told
+        assert told == together
+    assert sum(record["score"] == 1.0 for record in together.values()) >= 6
+    assert sum(record["score"] is None for record in together.values()) == 6, "those that can't be answered"
+    assert {record["evicted_later"] for record in together.values() if record["score"] is not None} == {0}
+
+
+def test_a_batch_that_crashes_is_answered_one_by_one(loaded: Loaded, tmp_path: Path, without_model: Any) -> None:
+    stub = without_model(torch.OutOfMemoryError("CUDA"), None, None, IndexError("x"), None)
+    plan = Plan((Setting("snapkv", BUDGET),), ("question-aware",), {0: SAMPLES}, OPTIONS, batch=4)
+    with Records(tmp_path, {}) as records:
+        run(plan, loaded.model, loaded.tokenizer, loaded.device, records, lambda _: None)
+        found = list(records.done.values())
+    assert stub.asked == 5
+    assert [record["score"] is None for record in found] == [False, False, True, False]
+    assert [record.get("batch") for record in found] == [1, 1, None, 1]
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), IndexError("x\ny"), AssertionError(), MemoryError()])
@@ -161,7 +193,7 @@ def test_a_setting_that_compresses_nothing_ends_the_run_without_a_record(
     loaded: Loaded, tmp_path: Path, without_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_model()
-    monkeypatch.setattr(Answerer, "answer", lambda *_: replace(ANSWER, compressed=False))
+    monkeypatch.setattr(Answerer, "answer", lambda *_: [replace(ANSWER, compressed=False)])
     with pytest.raises(EvaluationError, match="snapkv 24 leaves every layer of this model uncompressed"):
         go(loaded, tmp_path)
     with Records(tmp_path, {}) as records:
@@ -173,12 +205,16 @@ def test_an_answer_ends_at_the_token_of_a_stop_but_has_a_token(loaded: Loaded) -
     torch.compiler.reset()
     loaded.model.compile(backend="eager", dynamic=True)
     prompt = build(fact(), loaded.tokenizer, "question-aware")
-    whole = answerer.answer(prompt, 8)
-    assert loaded.tokenizer.decode(whole.tokens) == FACT, "the full stop ends it and is no part of it"
-    assert loaded.tokenizer.decode(answerer.answer(prompt, 8, ("canyon",)).tokens) == "amber"
-    assert len(answerer.answer(prompt, 2).tokens) == 2
+
+    def told(most: int, *stop: str) -> Sequence[int]:
+        [answer] = answerer.answer([prompt], most, stop)
+        return answer.tokens
+
+    assert loaded.tokenizer.decode(told(8)) == FACT, "the full stop ends it and is no part of it"
+    assert loaded.tokenizer.decode(told(8, "canyon")) == "amber"
+    assert len(told(2)) == 2
     # "amber" would be the first token.
-    first = answerer.answer(prompt, 1, ("amber",)).tokens
+    first = told(1, "amber")
     assert first
     assert loaded.tokenizer.decode(first) != "amber"
 
