@@ -87,6 +87,7 @@ def run(
     device: torch.device,
     records: Records,
     tell: Callable[[str], None],
+    enter: Callable[[int], None] = lambda seed: None,
 ) -> None:
     """Answer what has no record yet.
 
@@ -98,7 +99,8 @@ def run(
         tokenizer: Its tokenizer.
         device: Where it is.
         records: Where results go, and what is there already.
-        tell: Called with a few words before the first answer of a setting and after every answer.
+        tell: Called with a few words after every answer.
+        enter: Called with a seed before its samples, again and again; puts other weights into the model, say.
 
     Raises:
         EvaluationError: A setting compresses nothing: its results would be the full cache's under another name.
@@ -115,6 +117,7 @@ def run(
         if missing:
             _compile(model, setting, plan.options)
         for together in _batches(missing, plan.batch):
+            enter(together[0].seed)
             for record in asker.ask(together):
                 records.append(record)
                 tell(setting.label)
@@ -122,7 +125,7 @@ def run(
 
 def _batches(units: Sequence[_Unit], most: int) -> Iterator[Sequence[_Unit]]:
     """Yield units that may be answered together: neighbours under one protocol with answers of the same kind."""
-    kinds = groupby(units, key=lambda u: (u.protocol, u.sample.task, u.sample.max_new_tokens, u.sample.stop))
+    kinds = groupby(units, key=lambda u: (u.protocol, u.seed, u.sample.task, u.sample.max_new_tokens, u.sample.stop))
     for _, found in kinds:
         rest = list(found)
         while rest:

@@ -31,9 +31,10 @@ _SENTENCES: Final = 6000
 _HELD_OUT: Final = 5
 #: Shares of kinds of haystack and of values.
 _HAYSTACKS: Final = (("essay", 0.55), ("noise", 0.15), ("needles", 0.30))
-_VALUES: Final[tuple[tuple[niah.Kind, float], ...]] = (("numbers", 0.6), ("words", 0.25), ("uuids", 0.15))
-_IDENTIFIER_KEYS: Final = 0.04
-_SEVERAL_VALUES: Final = 0.3
+_VALUES: Final[tuple[tuple[niah.Kind, float], ...]] = (("numbers", 0.62), ("words", 0.3), ("uuids", 0.08))
+#: Of the documents with identifiers as values, those that have them as keys, too.
+_IDENTIFIER_KEYS: Final = 0.25
+_SEVERAL_VALUES: Final = 0.15
 #: Tokens of an identifier, about: documents without room for some get numbers.
 _LONG_VALUE: Final = 256
 
@@ -126,7 +127,7 @@ class Corpus:
         if length < _LONG_VALUE and kind == "uuids":
             kind = "numbers"
         long = kind == "uuids"
-        key: niah.Kind = "uuids" if long and rng.random() < _IDENTIFIER_KEYS / 0.15 else "words"
+        key: niah.Kind = "uuids" if long and rng.random() < _IDENTIFIER_KEYS else "words"
         room = length - 20
         values = rng.randint(2, 4) if rng.random() < _SEVERAL_VALUES and haystack != "needles" and not long else 1
         size = (32 if long else 15) + (20 if key == "uuids" else 0)
@@ -145,7 +146,7 @@ class Corpus:
         wanted = 1 if rng.random() < 0.4 else rng.randint(2, max(4, length // 64))
         left = rng.sample(groups, len(groups))
         while left and len(turns) < wanted:
-            several = rng.randint(2, 4) if values == 1 and rng.random() < 0.35 else 1
+            several = rng.randint(2, 4) if values == 1 and rng.random() < 0.5 else 1
             together, left = left[:several], left[several:]
             cost = 26 + len(together) * (4 + 3 * (size - 12) * values + values * 4)
             if turns and used + cost + keys * values * size > room * 0.8:

@@ -20,15 +20,17 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adakv_compile.evaluation import needle, prompts, ruler
+from adakv_compile.evaluation.answer import Answerer
 from adakv_compile.evaluation.metrics import METRICS
 from adakv_compile.evaluation.sample import Sample
 from benchmarks.testbed import model
 
-__all__ = ["Score", "answer", "entropies", "main", "score"]
+__all__ = ["Score", "entropies", "main", "score"]
 
 _SEED: Final = 99
 _DEPTHS: Final = (0, 25, 50, 75, 100)
 _WINDOW: Final = 32
+_BATCH: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +52,6 @@ class Score:
     count: int
 
 
-@torch.no_grad()
-def answer(network: Any, tokenizer: Any, sample: Sample) -> str:
-    """Return the greedy answer to a sample.
-
-    Args:
-        network: The decoder.
-        tokenizer: Its tokenizer.
-        sample: What to answer.
-    """
-    ids = torch.tensor([prompts.build(sample, tokenizer, "question-aware").compressed])
-    told = network.generate(ids, max_new_tokens=sample.max_new_tokens, do_sample=False)
-    return tokenizer.decode(told[0, ids.shape[1] :], skip_special_tokens=True)
-
-
 def score(network: Any, tokenizer: Any, task: str, length: int, samples: Iterable[Sample]) -> Score:
     """Score the answers to all samples.
 
@@ -77,7 +65,16 @@ def score(network: Any, tokenizer: Any, task: str, length: int, samples: Iterabl
     Returns:
         Mean and standard error.
     """
-    scores = [METRICS[s.metric](answer(network, tokenizer, s), s.answers, s.classes) for s in samples]
+    answerer = Answerer(network, tokenizer, torch.device("cpu"))
+    scores: list[float] = []
+    rest = list(samples)
+    while rest:
+        together, rest = rest[:_BATCH], rest[_BATCH:]
+        read = [prompts.build(sample, tokenizer, "question-aware") for sample in together]
+        answers = answerer.answer(read, together[0].max_new_tokens, together[0].stop)
+        for sample, found in zip(together, answers, strict=True):
+            told = tokenizer.decode(found.tokens, skip_special_tokens=True)
+            scores.append(METRICS[sample.metric](told, sample.answers, sample.classes))
     mean = sum(scores) / len(scores)
     spread = sum((value - mean) ** 2 for value in scores) / max(1, len(scores) - 1)
     return Score(task, length, mean, math.sqrt(spread / len(scores)), len(scores))
@@ -111,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Command line; the process's own when None.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=model.WEIGHTS)
+    parser.add_argument("--model", type=Path, default=model.WEIGHTS / "0")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--count", type=int, default=20, help="samples of a task, and of a cell of the needle's grid")
+    parser.add_argument("--count", type=int, default=20, help="samples of a task, and of each depth of the needle")
     parser.add_argument("--tasks", nargs="+", default=["needle", *ruler.GENERATED])
     parser.add_argument("--json", type=Path, help="write the scores here")
     options = parser.parse_args(arguments)

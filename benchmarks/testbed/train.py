@@ -32,6 +32,8 @@ _LOG: Final = logging.getLogger(__name__)
 
 #: Weight of the ordinary language-modelling loss beside the answer loss.
 _LM_WEIGHT: Final = 0.1
+#: Weight of the tokens that decide what an answer says: the first of a value, and what follows one. The rest copies.
+_DECISIVE_WEIGHT: Final = 3.0
 _WARMUP_STEPS: Final = 50
 _DECAY_SHARE: Final = 0.3
 _FINAL_RATE: Final = 0.03
@@ -96,13 +98,25 @@ def _rate(share: float, step: int) -> float:
     return min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FINAL_RATE, min(1.0, (1.0 - share) / _DECAY_SHARE))
 
 
-def _losses(network: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-    """Return the loss, the loss on answers, and the share of whole answers that are right at every token."""
+def _losses(
+    network: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor, before_decisions: torch.Tensor
+) -> tuple[torch.Tensor, float, float]:
+    """Return the loss, the loss on answers, and the share of an answer's tokens that are right.
+
+    Args:
+        network: The model.
+        ids: ``[B, T]``.
+        answers: ``[B, T]`` bool, whether a token is part of an answer.
+        before_decisions: Ids after which a token says what the answer says.
+    """
     hidden = network.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     target, scored = ids[:, 1:], answers[:, 1:]
     rest = ~scored & (target != pieces.PAD)
     logits = network.lm_head(hidden[scored])
-    loss = F.cross_entropy(logits, target[scored])
+    each = F.cross_entropy(logits, target[scored], reduction="none")
+    decisive = torch.isin(ids[:, :-1][scored], before_decisions)
+    weights = torch.where(decisive, _DECISIVE_WEIGHT, 1.0)
+    loss = (each * weights).sum() / weights.sum()
     total = loss + _LM_WEIGHT * F.cross_entropy(network.lm_head(hidden[rest]), target[rest])
     hit = logits.detach().argmax(-1) == target[scored]
     return total, loss.item(), hit.float().mean().item()
@@ -147,6 +161,7 @@ def train(
         optimiser.load_state_dict(state["optimiser"])
         progress = Progress(**state["progress"])
     corpus = Corpus(tokenizer, seed + progress.step)
+    before_decisions = torch.tensor(tokenizer.convert_tokens_to_ids(["is:", "##."]))
     out.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
@@ -177,7 +192,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = peak_rate * _rate(share, progress.step)
         ids, answers = corpus.batch(length, rows)
-        total, loss, right = _losses(network, torch.from_numpy(ids), torch.from_numpy(answers))
+        total, loss, right = _losses(network, torch.from_numpy(ids), torch.from_numpy(answers), before_decisions)
         total.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
+from adakv_compile.evaluation.prompts import build
+from adakv_compile.evaluation.sample import Sample
 from benchmarks.retriever import corpus
 from benchmarks.retriever import vocabulary as vocab
 
-__all__ = ["Prompt", "make_prompts"]
+__all__ = ["Prompt", "make_prompts", "of_sample"]
 
 _TASKS: Final = {task.name: task for task in corpus.TASKS}
 
@@ -23,7 +26,7 @@ class Prompt:
     Attributes:
         task: Name of the task.
         document: The document.
-        question: Two words: that this is a question, and the name that is asked for.
+        question: The question; of the retriever two words: that it is one, and the name that is asked for.
         answer: The value and its closing word.
     """
 
@@ -64,3 +67,23 @@ def make_prompts(tasks: Sequence[str], length: int, count: int, seed: int) -> li
             answer = (*question.answer, vocab.END)
             prompts.append(Prompt(name, ids[: question.start], ids[question.start : ask], answer))
     return prompts
+
+
+def of_sample(sample: Sample, tokenizer: Any) -> Prompt:
+    """Return a sample of a retrieval task with the answer that the test bed was taught: ``KEY is: VALUE.`` for each.
+
+    Args:
+        sample: As `benchmarks.quality.samples.make` yields it.
+        tokenizer: The test bed's.
+
+    Raises:
+        ValueError: The question doesn't ask for keys, or for one key with several values.
+    """
+    asked = re.search(r" for (.+) mentioned in ", sample.question)
+    keys = re.findall(r"[a-z]+-[a-z]+", asked[1]) if asked else []
+    if len(keys) != len(sample.answers):
+        raise ValueError(f"{sample.task!r} asks for {len(keys)} keys and has {len(sample.answers)} answers")
+    told = " ".join(f"{key} is: {value}." for key, value in zip(keys, sample.answers, strict=True))
+    prompt = build(sample, tokenizer, "question-agnostic")
+    answer = tokenizer(told, add_special_tokens=False).input_ids
+    return Prompt(sample.task, prompt.compressed, prompt.question, (*answer, tokenizer.eos_token_id))

@@ -1,0 +1,1 @@
+"""What eviction costs on the test bed: every method, budget and protocol, and the variants of a method."""

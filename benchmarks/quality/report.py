@@ -1,0 +1,171 @@
+"""The answers of all parts as a page, a picture and a table of every score."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from adakv_compile.evaluation.methods import FULL, METHODS
+from adakv_compile.evaluation.records import Record
+from adakv_compile.evaluation.statistics import Difference
+from benchmarks.gpu.report import table
+from benchmarks.quality.compare import SURE, by_setting, difference, mean, verdict
+from benchmarks.quality.parts import MAIN
+from benchmarks.quality.plot import draw
+
+__all__ = ["markdown", "scores_csv", "write"]
+
+_PAIRS: Final = (("ada-snapkv", "snapkv"), ("ada-pyramid", "pyramidkv"))
+"""The same scores, with adaptive budgets and with equal ones."""
+
+_COLUMNS: Final = ("part", "protocol", "method", "budget", "seed", "task", "index", "score", "kept", "prompt_sha256")
+
+Found = Mapping[str, Sequence[Record]]
+
+
+def write(facts: Mapping[str, Any], found: Found, folder: Path) -> None:
+    """Write ``quality.md``, ``quality.png`` and ``quality.csv.gz``.
+
+    Args:
+        facts: What was asked, on what.
+        found: The records of each part.
+        folder: Where to; created if absent.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality.md").write_text(markdown(facts, found))
+    # Without a time stamp: the same answers are the same file.
+    (folder / "quality.csv.gz").write_bytes(gzip.compress(scores_csv(found).encode(), mtime=0))
+    if MAIN.name in found:
+        draw(found[MAIN.name], folder / "quality.png")
+
+
+def scores_csv(found: Found) -> str:
+    """Return every score of every part as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for part, records in found.items():
+        for record in records:
+            writer.writerow((part, *(record.get(name) for name in _COLUMNS[1:])))
+    return text.getvalue()
+
+
+def markdown(facts: Mapping[str, Any], found: Found) -> str:
+    """Return the page."""
+    told = ", ".join(f"{name} {value}" for name, value in facts.items())
+    sections = [
+        "# What eviction costs on the test bed",
+        f"`python -m benchmarks.quality`; {told}.",
+        "Scores in per cent, every task with the same weight: the mean over the trainings ± half its 95 % confidence "
+        "interval (Student's t). Differences are over the same questions under both, ± their standard error. "
+        "Budgets are entries per KV head, the observation window of 32 included; prompts have about 900 tokens.",
+    ]
+    main = found.get(MAIN.name, [])
+    if main:
+        sections.append(_full(main))
+        sections += [_scores(main, protocol) for protocol in MAIN.protocols]
+        sections += [_pairs(main, *pair) for pair in _PAIRS]
+        sections += [_by_task(main, protocol) for protocol in MAIN.protocols]
+    if main and len(found) > 1:
+        sections.append(_variants(found))
+    crashed = sum(record["score"] is None for records in found.values() for record in records)
+    sections.append(f"Questions without an answer: {crashed}. Every score: quality.csv.gz.")
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _tasks(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record["task"] for record in records))
+
+
+def _budgets(records: Sequence[Record]) -> list[Any]:
+    return sorted({record["budget"] for record in records if record["budget"] is not None})
+
+
+def _of(records: Sequence[Record], **wanted: object) -> list[Record]:
+    return [record for record in records if all(record[name] == value for name, value in wanted.items())]
+
+
+def _full(records: Sequence[Record]) -> str:
+    seeds = sorted({record["seed"] for record in records})
+    full = _of(records, method=FULL, protocol=MAIN.protocols[0])
+    lines = [
+        [task, *(mean(_of(full, task=task, seed=seed)) for seed in seeds), len(_of(full, task=task))]
+        for task in _tasks(full)
+    ]
+    return "## The full cache\n\n" + table(["task", *(f"training {seed}" for seed in seeds), "questions"], lines)
+
+
+def _scores(records: Sequence[Record], protocol: str) -> str:
+    settings, budgets = by_setting(records), _budgets(records)
+    lines = [
+        [method, *(mean(settings.get((protocol, method, budget), ())) for budget in budgets)]
+        for method in METHODS
+        if method != FULL
+    ]
+    full = f"Full cache: {mean(settings.get((protocol, FULL, None), ()))}."
+    return f"## Scores, {protocol}\n\n{full}\n\n{table(['method', *map(str, budgets)], lines)}"
+
+
+def _pairs(records: Sequence[Record], ours: str, theirs: str) -> str:
+    settings, budgets = by_setting(records), _budgets(records)
+    lines: list[list[object]] = []
+    cells: list[Difference | None] = []
+    for protocol in MAIN.protocols:
+        for task in [*_tasks(records), None]:
+            row: list[Difference | None] = []
+            for budget in budgets:
+                sides = [settings.get((protocol, method, budget), []) for method in (ours, theirs)]
+                row.append(difference(*(side if task is None else _of(side, task=task) for side in sides)))
+            cells += row if task is not None else []
+            lines.append([protocol, task or "all", *row])
+    first, second, neither = verdict(cells)
+    return (
+        f"## {ours} minus {theirs}\n\nOf {first + second + neither} cells of a task, a budget and a protocol, {first} "
+        f"are for {ours} by more than {SURE:g} standard errors, {second} for {theirs}, {neither} for neither.\n\n"
+        + table(["protocol", "task", *map(str, budgets)], lines)
+    )
+
+
+def _by_task(records: Sequence[Record], protocol: str) -> str:
+    settings, budgets = by_setting(records), _budgets(records)
+    lines = [
+        [task, method, *(mean(_of(settings.get((protocol, method, budget), []), task=task)) for budget in budgets)]
+        for task in _tasks(records)
+        for method in METHODS
+        if method != FULL
+    ]
+    return f"## Task by task, {protocol}\n\n{table(['task', 'method', *map(str, budgets)], lines)}"
+
+
+def _variants(found: Found) -> str:
+    base = by_setting(found[MAIN.name])
+    parts = {name: by_setting(records) for name, records in found.items() if name != MAIN.name}
+    budgets = sorted({budget for settings in parts.values() for _, _, budget in settings})
+    lines: list[list[object]] = []
+    for name, settings in parts.items():
+        for method in dict.fromkeys(method for _, method, _ in settings):
+            pairs = {
+                b: (settings.get(key, []), base.get(key, [])) for b in budgets if (key := _key(settings, method, b))
+            }
+            told = [difference(*pairs[b]) if b in pairs else None for b in budgets]
+            everything = [_marked(record, b) for b, (ours, _) in pairs.items() for record in ours]
+            reference = [_marked(record, b) for b, (_, theirs) in pairs.items() for record in theirs]
+            lines.append([name, method, *told, difference(everything, reference)])
+    return (
+        "## One change of the default at a time, question-aware\n\nDifference to the default of the same method at the "
+        "same budget. The default: ties=position, safeguard=soft, alpha=0.2, window=32, pool=max, gqa=mean.\n\n"
+        + table(["change", "method", *map(str, budgets), "all budgets"], lines)
+    )
+
+
+def _key(settings: Mapping[Any, Any], method: str, budget: Any) -> Any:
+    return next((key for key in settings if key[1:] == (method, budget)), None)
+
+
+def _marked(record: Record, budget: Any) -> Record:
+    """Return a record whose question is told from the same one under another budget."""
+    return {**record, "index": (record["index"], budget)}
