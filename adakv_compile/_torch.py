@@ -7,6 +7,7 @@ Verified on torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,7 @@ __all__ = [
     "guard_if_equal",
     "is_fake",
     "is_kept_by_module",
+    "load_cpp",
     "mode_patches",
     "route_generate",
     "seconds_compiling",
@@ -280,6 +282,23 @@ def compile_when_called(gm: fx.GraphModule, inner: str, patches: dict[str, Any])
         return gm.forward
     options = patches if inner == "inductor" else None
     return torch.compile(gm, backend=inner, options=options or None)
+
+
+def load_cpp(source: str) -> ctypes.CDLL:
+    """Build a C++ library with Inductor's compiler, flags and disk cache, or load it from there.
+
+    Args:
+        source: All of it; includes nothing of PyTorch.
+
+    Raises:
+        Exception: There is no compiler, or it fails.
+    """
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    # Named here, as versions differ in whether they look for vectors in the source. Sums must be summed as written.
+    flags = [*pick_vec_isa().build_arch_flags().split(), "-fno-math-errno", "-ffp-contract=fast"]
+    return CppCodeCache.load(source, device_type="cpu", extra_flags=flags)
 
 
 def seconds_compiling() -> float:

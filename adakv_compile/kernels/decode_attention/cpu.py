@@ -1,4 +1,7 @@
-"""Append and attend on the CPU, where lengths are at hand: two products per head, everything else batched."""
+"""Append and attend on the CPU, where lengths are at hand: by the C++ kernel, or by PyTorch's operators.
+
+With these a step of one token costs two products per head; everything else is batched.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from adakv_compile.kernels._checks import check_mask, check_softmax
 from adakv_compile.kernels._ragged import ragged_entries, tail_entries
 from adakv_compile.kernels._softmax import Softmax
 from adakv_compile.kernels._visibility import Visibility
+from adakv_compile.kernels.decode_attention import native
 from adakv_compile.kernels.decode_attention.reference import (
     attend_all,
     check_attention,
@@ -42,6 +46,13 @@ def decode_attention_cpu(
     softcap: float | None,
 ) -> torch.Tensor:
     """Append and attend; see :mod:`adakv_compile.kernels.decode_attention.op`."""
+    if query.shape[2] == 1:
+        found = _decode_natively(
+            *(query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values, cursor),
+            *(mask, padding, sinks, scale, sliding_window, softcap),
+        )
+        if found is not None:
+            return found
     check_attention(
         "decode_attention",
         query,
@@ -70,6 +81,53 @@ def decode_attention_cpu(
     softmax = Softmax(scale, softcap, sinks)
     store = (keys, values, offsets, positions, tail_keys, tail_values)
     return attend_store(query, *store, start, mask, padding, softmax, sliding_window)
+
+
+def _decode_natively(
+    query: torch.Tensor,
+    key_new: torch.Tensor,
+    value_new: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    cursor: torch.Tensor,
+    mask: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """Attend by the C++ kernel, masks looked up for it; None if it doesn't serve these."""
+    prefix_seen = tail_seen = None
+    if mask is not None or padding is not None:
+        # Numbers to be added are looked up by the operators alone, and so are masks that differ from head to head.
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1 or mask.dim() != 4):
+            return None
+        length, start = cursor[:2].tolist()
+        end = start + length + 1
+        if padding is not None and mask is None and padding.shape[1] >= end and padding.all():
+            padding = None
+        else:
+            check_mask("decode_attention", query, mask, padding)
+            visibility = visibility_of(query, tail_keys.shape[1], end - 1, mask, padding, None)
+            after = torch.arange(start, end, device=keys.device)
+            prefix_seen = _seen(visibility, positions)
+            tail_seen = _seen(visibility, after.expand(query.shape[0], -1))
+    # A mask says everything; without one the kernel follows the rule.
+    window = sliding_window if mask is None else None
+    return native.decode(
+        *(query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values, cursor),
+        *(prefix_seen, tail_seen, sinks, scale, window, softcap),
+    )
+
+
+def _seen(visibility: Visibility, positions: torch.Tensor) -> torch.Tensor:
+    """Return bool ``[B, n]``, whether entries at ``positions`` ``[B, n]`` are visible; contiguous."""
+    return (_bias(visibility, positions, torch.float32) == 0).contiguous()
 
 
 def attend_store(

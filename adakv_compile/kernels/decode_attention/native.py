@@ -1,0 +1,150 @@
+"""The C++ kernel of decode attention on CPUs: built once a machine in the background, called with plain numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from adakv_compile import _torch
+
+__all__ = ["decode", "kernel", "start"]
+
+log = logging.getLogger(__name__)
+
+_SOURCE: Final = Path(__file__).with_name("native.cpp")
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NO_ROOM: Final = 1
+_Kernel = Callable[..., int]
+_Numbers = ctypes.c_int64 * 19
+_Factors = ctypes.c_double * 2
+_Pointers = ctypes.c_void_p * 14
+
+
+@functools.cache
+def start() -> Future[_Kernel | None]:
+    """Begin to build the kernel, or to load it where it was built before, without waiting for it.
+
+    Returns:
+        What will be the kernel, or None where it can't be built: without a C++ compiler, say.
+    """
+    worker = ThreadPoolExecutor(1, thread_name_prefix="adakv-native")
+    building = worker.submit(_build)
+    worker.shutdown(wait=False)
+    return building
+
+
+def kernel() -> _Kernel | None:
+    """Return the kernel as soon as it is built; None where it can't be."""
+    return start().result()
+
+
+def _build() -> _Kernel | None:
+    try:
+        found: _Kernel = _torch.load_cpp(_SOURCE.read_text()).adakv_decode_attention
+    except Exception as error:  # noqa: BLE001  (compilers, linkers and file systems fail in many ways; ATen serves)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("the C++ kernel of decode attention can't be built, PyTorch's operators serve: %s", first)
+        return None
+    return found
+
+
+def decode(
+    query: torch.Tensor,
+    key_new: torch.Tensor,
+    value_new: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    tail_keys: torch.Tensor,
+    tail_values: torch.Tensor,
+    cursor: torch.Tensor,
+    prefix_seen: torch.Tensor | None,
+    tail_seen: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """Append and attend with one query of each row; arguments as in :mod:`adakv_compile.kernels.decode_attention.op`.
+
+    Every step comes through here for every layer.
+
+    Args:
+        query: ``[B, Hq, 1, Dk]``.
+        key_new: ``[B, H, 1, Dk]``.
+        value_new: ``[B, H, 1, Dv]``.
+        keys: ``[B, N, Dk]``.
+        values: ``[B, N, Dv]``.
+        offsets: ``[B, H + 1]``.
+        positions: ``[B, N]``.
+        tail_keys: ``[B, H, C, Dk]``.
+        tail_values: ``[B, H, C, Dv]``.
+        cursor: ``[2 or more]``.
+        prefix_seen: Bool ``[B, N]``, False where a mask hides an entry; None hides nothing.
+        tail_seen: Bool ``[B, t]`` of the tail with the new token, given together with ``prefix_seen``.
+        sinks: ``[Hq]``, or None.
+        scale: See there.
+        sliding_window: See there.
+        softcap: See there.
+
+    Returns:
+        ``[B, Hq, 1, Dv]``; None if the kernel doesn't serve these arguments, and nothing was done.
+
+    Raises:
+        ValueError: The tail has no room for the token.
+    """
+    code = _DTYPES.get(query.dtype)
+    run = None if code is None else kernel()
+    if run is None:
+        return None
+    batch, query_heads, _, key_dim = query.shape
+    heads, capacity, value_dim = tail_values.shape[1:]
+    slots = keys.shape[1]
+    fits = (
+        heads > 0
+        and query_heads % heads == 0
+        and query.shape[2] == 1
+        and key_new.shape == (batch, heads, 1, key_dim)
+        and value_new.shape == (batch, heads, 1, value_dim)
+        and keys.shape == (batch, slots, key_dim)
+        and values.shape == (batch, slots, value_dim)
+        and offsets.shape == (batch, heads + 1)
+        and positions.shape == (batch, slots)
+        and tail_keys.shape == (batch, heads, capacity, key_dim)
+        and tail_values.shape[0] == batch
+        and (sinks is None or sinks.shape == (query_heads,))
+    )
+    stored = (keys, values, offsets, positions, tail_keys, tail_values, cursor)
+    floating = (key_new, value_new, keys, values, tail_keys, tail_values)
+    if not (fits and all(t.is_contiguous() for t in stored) and all(t.dtype == query.dtype for t in floating)):
+        # The general implementation says what is wrong, if anything is.
+        return None
+    out = query.new_empty((batch, query_heads, 1, value_dim))
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    q, k, v = query.stride(), key_new.stride(), value_new.stride()
+    threads = torch.get_num_threads()
+    numbers = _Numbers(
+        *(batch, heads, query_heads // heads, key_dim, value_dim, slots, capacity, sliding_window or 0, code, threads),
+        *(q[0], q[1], q[3], k[0], k[1], k[3], v[0], v[1], v[3]),
+    )
+    pointers = _Pointers(
+        *(query.data_ptr(), key_new.data_ptr(), value_new.data_ptr(), keys.data_ptr(), values.data_ptr()),
+        *(offsets.data_ptr(), positions.data_ptr(), tail_keys.data_ptr(), tail_values.data_ptr(), cursor.data_ptr()),
+        *(None if some is None else some.data_ptr() for some in (prefix_seen, tail_seen, sinks)),
+        out.data_ptr(),
+    )
+    failed = run(numbers, _Factors(scale, softcap or 0.0), pointers)
+    if failed == _NO_ROOM:
+        raise ValueError(
+            f"decode_attention: {int(cursor[0])} tail entries and 1 new ones exceed the capacity {capacity}"
+        )
+    return None if failed else out
