@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from adakv_compile import _torch
+from adakv_compile import _torch, kernels
 from adakv_compile.assumptions import Assumption
 from adakv_compile.call import bind
 from adakv_compile.capture import CaptureError, Program, capture
@@ -139,6 +139,9 @@ def _rewrite_and_compile(
         with stages.time("rewrite"):
             rewritten = rewrite(program, plan, example_inputs)
             rewritten.module.meta.update(gm.meta)
+        if not stages.keep_snapshot:
+            for planned in plan.sites:
+                kernels.build_ahead(options.kernels, planned.site.query.meta["val"].device)
         snapshot = print_graph(rewritten.module.graph) if stages.keep_snapshot else ""
         relax_views(rewritten.module)
         with stages.time("compile"):

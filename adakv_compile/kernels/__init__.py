@@ -2,12 +2,14 @@
 
 One folder per op: ``op.py`` is the contract (schema, fake kernel, table), ``reference.py`` the implementation in plain
 PyTorch, which runs on any device and is what faster kernels are tested against; ``gpu.py`` launches the Triton kernels
-of ``triton.py`` with the constants of ``tuning.py``.
+of ``triton.py`` with the constants of ``tuning.py``, ``cpu.py`` is for CPUs, ``native.cpp`` its kernel in C++.
 """
 
 from __future__ import annotations
 
 from typing import Final
+
+import torch
 
 from adakv_compile.kernels import (
     attend,
@@ -24,6 +26,7 @@ from adakv_compile.kernels import (
 )
 from adakv_compile.kernels._registration import KERNELS, Kernels, OpSpec
 from adakv_compile.kernels._support import Subject, why_unsupported
+from adakv_compile.kernels.decode_attention import native
 
 __all__ = [
     "KERNELS",
@@ -33,6 +36,7 @@ __all__ = [
     "Subject",
     "attend",
     "attention",
+    "build_ahead",
     "compact",
     "decode_attention",
     "entries",
@@ -59,3 +63,14 @@ SPECS: Final[tuple[OpSpec, ...]] = (
     retain.SPEC,
 )
 """Every op of the dialect."""
+
+
+def build_ahead(kernels: Kernels, device: torch.device) -> None:
+    """Begin to build what an implementation is compiled from, so that no step has to wait for it.
+
+    Args:
+        kernels: The implementation that graphs will call.
+        device: Where they will run.
+    """
+    if kernels == "auto" and device.type == "cpu":
+        native.start()
