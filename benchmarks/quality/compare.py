@@ -9,13 +9,27 @@ from typing import Any, Final
 from adakv_compile.evaluation.records import Record
 from adakv_compile.evaluation.statistics import Difference, Interval, interval, paired
 
-__all__ = ["SURE", "Name", "by_setting", "difference", "mean", "verdict"]
+__all__ = ["SURE", "Name", "answered", "by_setting", "difference", "mean", "verdict"]
 
 SURE: Final = 2.0
 """Standard errors from which a difference is counted for one side."""
 
 Name = tuple[str, str, Any]
 """Protocol, method, budget."""
+
+
+def answered(records: Iterable[Record], full: Iterable[Record]) -> list[Record]:
+    """Return the records of questions that the full cache answers completely right under the same protocol.
+
+    What it can't answer tells methods apart by the model's own errors, and eviction may even mend these. Which
+    questions are left depends on the full cache alone, not on what is compared.
+
+    Args:
+        records: Records of any method.
+        full: Those of the full cache.
+    """
+    right = {(record["protocol"], _question(record)) for record in full if record["score"] == 1.0}
+    return [record for record in records if (record["protocol"], _question(record)) in right]
 
 
 def by_setting(records: Iterable[Record]) -> dict[Name, list[Record]]:

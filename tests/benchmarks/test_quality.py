@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from adakv_compile.evaluation import ruler
 from benchmarks.quality import samples
-from benchmarks.quality.compare import by_setting, difference, mean, verdict
+from benchmarks.quality.compare import answered, by_setting, difference, mean, verdict
 from benchmarks.quality.models import Trained, folders
 from benchmarks.quality.parts import BUDGETS, MAIN, PARTS
 from benchmarks.quality.report import markdown, write
@@ -70,13 +70,22 @@ def test_answers_without_a_score_count_for_nothing() -> None:
     assert [len(some) for some in by_setting(records).values()] == [1]
 
 
+def test_questions_are_those_that_the_full_cache_answers_right() -> None:
+    full = [record("full", None, 1.0), record("full", None, 0.75, index=1), record("full", None, None, index=2)]
+    full += [record("full", None, 0.0, protocol=AGNOSTIC)]
+    asked = [record("snapkv", 40, 0.0, index=index) for index in range(4)]
+    asked += [record("snapkv", 40, 1.0, protocol=AGNOSTIC), record("snapkv", 40, 1.0, seed=1)]
+    assert answered(asked, full) == asked[:1]
+
+
 def test_tasks_are_chosen_by_the_full_cache_alone(tmp_path: Path) -> None:
     for seed, (first, second) in enumerate(((1.0, 0.99), (0.96, 0.96))):
         rows = [{"task": "a", "length": 1024, "mean": first}, {"task": "b", "length": 1024, "mean": second}]
         rows += [{"task": "c", "length": 512, "mean": 1.0}]
         (tmp_path / f"{seed}.json").write_text(json.dumps({"scores": rows}))
     files = sorted(tmp_path.iterdir())
-    assert samples.learned(files, 1024) == ["a"], "0.98 and 0.975"
+    assert samples.learned(files, 1024, 0.98) == ["a"], "0.98 and 0.975"
+    assert samples.learned(files, 1024) == ["a", "b"]
     assert samples.learned(files, 512) == ["c"]
     with pytest.raises(ValueError, match="no score at 2048 tokens"):
         samples.learned(files, 2048)
@@ -95,13 +104,16 @@ def test_the_parts_have_seven_budgets_and_both_protocols_and_differ_in_one_optio
 
 
 def test_the_page_has_every_cell_and_says_who_wins(tmp_path: Path) -> None:
-    main = [record("full", None, 1.0, seed=seed, protocol=p) for seed in (0, 1) for p in MAIN.protocols]
+    main = [record("full", None, 1.0, seed=0, index=i, protocol=p) for i in range(4) for p in MAIN.protocols]
+    main += [record("full", None, 0.5, seed=0, index=4, protocol=AWARE)]
+    main += [record("snapkv", 40, 1.0, index=4), record("ada-snapkv", 40, 0.0, index=4)]  # left out
     for index in range(4):
         for protocol in MAIN.protocols:
             main.append(record("snapkv", 40, 0.0, index=index, protocol=protocol))
             main.append(record("ada-snapkv", 40, 1.0 if protocol == AWARE else 0.0, index=index, protocol=protocol))
     hard = [record("ada-snapkv", 40, 0.5, index=index) for index in range(4)]
     page = markdown({"trainings": 2}, {"main": main, "safeguard=hard": hard})
+    assert "| question-aware | niah_single_2 | 90.00 | 5 | 4 |" in page
     assert "Of 2 cells of a task, a budget and a protocol, 1 are for ada-snapkv" in page
     assert "| question-aware | niah_single_2 | +100.00 ± 0.00 |" in page
     assert "| safeguard=hard | ada-snapkv | -50.00 ± 0.00 | -50.00 ± 0.00 |" in page

@@ -77,9 +77,26 @@ def test_a_seed_fixes_the_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     assert not (first == other).all()
 
 
-def test_the_weights_belong_to_the_generators_of_today(tokenizer: PreTrainedTokenizerFast) -> None:
-    kept = AutoTokenizer.from_pretrained(model.WEIGHTS)
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_the_weights_belong_to_the_generators_of_today(tokenizer: PreTrainedTokenizerFast, seed: str) -> None:
+    kept = AutoTokenizer.from_pretrained(model.WEIGHTS / seed)
     assert kept.get_vocab() == tokenizer.get_vocab()
-    network = AutoModelForCausalLM.from_pretrained(model.WEIGHTS).eval()
+    network = AutoModelForCausalLM.from_pretrained(model.WEIGHTS / seed).eval()
     samples = list(needle.samples(kept, [512], [0, 50, 100], 1, 7))
     assert evaluate.score(network, kept, "needle", 512, samples).mean == 1.0
+
+
+def test_a_keys_values_are_told_in_the_order_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, answers = Corpus(tokenizer, 8).batch(512, 60)
+    told = 0
+    for row, mask in zip(ids, answers, strict=True):
+        text, said = tokenizer.decode(row[~mask]), tokenizer.decode(row[mask])
+        for answer in said.split("</s>")[: said.count("</s>")]:
+            facts = [fact.strip() for fact in answer.removesuffix(".").split(".") if fact.strip()]
+            by_key: dict[str, list[int]] = {}
+            for fact in facts:
+                by_key.setdefault(fact.split(" is: ")[0], []).append(text.index(f"for {fact}."))
+            for places in by_key.values():
+                assert places == sorted(places)
+                told += len(places) > 1
+    assert told >= 5
