@@ -102,7 +102,7 @@ class Corpus:
         return groups[:keys]
 
     def _turn(self, groups: Sequence[Sequence[niah.Needle]]) -> list[str]:
-        """Return the texts before the answer and the answer: key after key, the values of each as the text has them.
+        """Return the texts before the answer and the answer: key after key, the values of each from the end of the text.
 
         Told in any other order, a value would not say which comes next, and no training would make the answer sure.
         """
@@ -134,7 +134,7 @@ class Corpus:
         most = max(1, room // (3 * values * size))
         keys = min(most, rng.choice((2, 4, 8)) if haystack == "needles" else rng.choice((1, 2, 4, 4, 4, 8, 16)))
         groups = self._draw(kind, key, keys, values)
-        # The order of the text. That of a key's values is theirs in the answer, too.
+        # From the end of the text to its beginning. The values of a key are told in this order, too.
         needles = [needle for group in groups for needle in group]
         rng.shuffle(needles)
         place = {needle.value: i for i, needle in enumerate(needles)}
@@ -166,6 +166,7 @@ class Corpus:
             tail += [_Piece(question), _Piece([*answer, pieces.EOS], answer=True)]
         free = length - 1 - len(introduction) - sum(map(len, facts)) - sum(len(piece.ids) for piece in tail)
         units = self._units(haystack, free, kind, key)
+        # The first fact gets the last place.
         places = sorted(rng.randint(0, len(units)) for _ in facts)
         for place, fact in zip(reversed(places), facts, strict=True):
             units.insert(place, fact)

@@ -86,7 +86,7 @@ def test_the_weights_belong_to_the_generators_of_today(tokenizer: PreTrainedToke
     assert evaluate.score(network, kept, "needle", 512, samples).mean == 1.0
 
 
-def test_a_keys_values_are_told_in_the_order_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_keys_values_are_told_from_the_end_of_the_text_on(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, answers = Corpus(tokenizer, 8).batch(512, 60)
     told = 0
     for row, mask in zip(ids, answers, strict=True):
@@ -97,6 +97,6 @@ def test_a_keys_values_are_told_in_the_order_of_the_text(tokenizer: PreTrainedTo
             for fact in facts:
                 by_key.setdefault(fact.split(" is: ")[0], []).append(text.index(f"for {fact}."))
             for places in by_key.values():
-                assert places == sorted(places)
+                assert places == sorted(places, reverse=True)
                 told += len(places) > 1
     assert told >= 5
