@@ -102,7 +102,7 @@ class Corpus:
         return groups[:keys]
 
     def _turn(self, groups: Sequence[Sequence[niah.Needle]]) -> list[str]:
-        """Return the texts before the answer and the answer: key after key, the values of each from the end of the text.
+        """Return the texts before the answer and the answer: key after key, values from the end of the text on.
 
         Told in any other order, a value would not say which comes next, and no training would make the answer sure.
         """
