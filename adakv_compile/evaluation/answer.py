@@ -166,7 +166,7 @@ class Answerer:
             steps += 1
         decoding = watch.lap()
         at_end = cache_stats(cache)
-        shared = {
+        shared: dict[str, Any] = {
             "peak_bytes": torch.cuda.max_memory_allocated(self._device) if on_gpu else None,
             "compressed": any(layer.compressed for layer in after.layers),
             "prefill_seconds": prefill,

@@ -151,7 +151,7 @@ class _Asker:
 
     def ask(self, units: Sequence[_Unit]) -> list[Record]:
         """Return a record of each unit, in order; one that can't be answered gets no score."""
-        heads = [unit.head() | {"meta": unit.sample.labels} for unit in units]
+        heads: list[dict[str, Any]] = [unit.head() | {"meta": unit.sample.labels} for unit in units]
         prompts: dict[int, Prompt] = {}
         for i, unit in enumerate(units):
             prompt, told = self._prompt(unit)
@@ -160,7 +160,7 @@ class _Asker:
                 prompts[i] = prompt
         for i, found in self._answers(units, prompts).items():
             heads[i] |= found
-        return heads
+        return [*heads]
 
     def _prompt(self, unit: _Unit) -> tuple[Prompt | None, Record]:
         """Return a unit's prompt, or None if it can't be answered, and what its record says of it."""
