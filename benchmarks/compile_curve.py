@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -75,15 +76,19 @@ def main() -> None:
     # What is imported and set up once is no part of the curve.
     list(rows((2,)))
     if given.json:
-        print(json.dumps({"machine": describe(), "rows": list(rows(given.layers))}, indent=2))
+        _say(json.dumps({"machine": describe(), "rows": list(rows(given.layers))}, indent=2))
         return
-    print("layers  graph    nodes  capture  analyse  rewrite  total s  ms a layer  whole call s")
+    _say("layers  graph    nodes  capture  analyse  rewrite  total s  ms a layer  whole call s")
     for row in rows(given.layers):
-        print(
+        _say(
             f"{row['layers']:6}  {row['graph']:7}  {row['nodes']:5}  {row['capture']:7.2f}  {row['analyse']:7.2f}"
             f"  {row['rewrite']:7.2f}  {row['total']:7.2f}  {row['ms_a_layer']:10.1f}  {row['call']:12.1f}",
-            flush=True,
         )
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
