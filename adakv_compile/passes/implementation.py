@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+import torch
 
 from adakv_compile.kernels import Kernels, Subject, why_unsupported
 from adakv_compile.kernels.prefill_attention import BACKENDS, Request, best_backend
 from adakv_compile.options import Options
 from adakv_compile.passes.attention import AttentionSite
 from adakv_compile.passes.nodes import same_size, static_int
+from adakv_compile.symbolic.mask import MaskProof
 
-__all__ = ["Implementation", "choose_attention", "choose_kernels"]
+__all__ = ["PADDED", "Implementation", "choose_attention", "choose_kernels"]
+
+aten = torch.ops.aten
+
+PADDED: Final = "the batch is padded, which takes the model's own mask"
+"""Why an attention keeps its mask."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ def choose_kernels(options: Options, site: AttentionSite) -> Implementation:
 
 
 def choose_attention(
-    options: Options, site: AttentionSite, sliding_window: int | None, needs_mask: str | None
+    options: Options, site: AttentionSite, sliding_window: int | None, needs_mask: str | None, mask: MaskProof
 ) -> Implementation:
     """Return the backend of a prompt's attention, whose mask is proved causal.
 
@@ -57,13 +66,19 @@ def choose_attention(
         options: The user's.
         site: The attention.
         sliding_window: Keys a query sees, its own included.
-        needs_mask: Why the causal rule is not all that the model's mask says, None if it is.
+        needs_mask: Why the causal rule, times padding, is not all that the model's mask says, None if it is.
+        mask: What that mask was proved to be.
     """
     asked = options.attention
     if asked == "model":
         return Implementation("model", "model")
+    by_flag = sliding_window is None and needs_mask is None and _can_take_flag(site, mask)
     if needs_mask is not None:
         why = needs_mask
+    elif mask.padding is not None:
+        if by_flag and asked in ("auto", "sdpa"):
+            return Implementation("padded", "sdpa, with a mask only if a token is padding")
+        why = PADDED
     elif not site.is_plain:
         why = "its logits are capped" if site.softcap is not None else "it has sinks"
     elif not same_size(site.query_length, site.key_length):
@@ -76,10 +91,26 @@ def choose_attention(
         else:
             request = Request(key.device, key.dtype, dims[0], dims[1], sliding_window)
             if asked == "auto":
-                best = best_backend(request)
+                # Where the model's operator is PyTorch's, its flag gives the same bits as a mask of the same meaning.
+                best = "sdpa" if by_flag else best_backend(request)
                 return Implementation(best, best)
             why = BACKENDS[asked].why_not(request)
             if why is None:
                 return Implementation(asked, asked)
     unmet = None if asked == "auto" else f"option 'attention' is {asked!r}: {why}"
     return Implementation("model", f"model ({why})", unmet)
+
+
+def _can_take_flag(site: AttentionSite, mask: MaskProof) -> bool:
+    """Whether the model calls PyTorch's operator on a CPU with a mask in whose place its causal flag could stand.
+
+    The operator leaves out then what is hidden from a whole block of queries, and computes everything else as with a
+    boolean mask. A mask that is added may hide a little less than all.
+    """
+    return (
+        site.node.target is aten.scaled_dot_product_attention.default
+        and site.query.meta["val"].device.type == "cpu"
+        and site.mask is not None
+        and not mask.additive
+        and same_size(site.query_length, site.key_length)
+    )

@@ -15,7 +15,7 @@ from adakv_compile.passes.attention import AttentionSite, Unsupported, find_atte
 from adakv_compile.passes.buffer_plan import Buffers, BufferSite, share
 from adakv_compile.passes.cache import CacheUpdate, find_cache_update
 from adakv_compile.passes.constants import Constants
-from adakv_compile.passes.implementation import choose_attention, choose_kernels
+from adakv_compile.passes.implementation import PADDED, choose_attention, choose_kernels
 from adakv_compile.passes.late import Late, find_late
 from adakv_compile.passes.latent import find_latent
 from adakv_compile.passes.masks import MaskProof, MaskProver
@@ -155,7 +155,7 @@ def _decide(
         shared = member is not owner
         attention = None
         if prefill and not shared and member.latent is None:
-            attention = choose_attention(options, site, mask.sliding_window, _why_masked(mask))
+            attention = choose_attention(options, site, mask.sliding_window, _why_masked(mask), proof)
         planned.append(
             PlannedSite(
                 member.index,
@@ -185,9 +185,11 @@ def _plan_of_buffers(options: Options, members: Sequence[tuple[int, BufferSite]]
         window = static_int(proof.window)
         mask = MaskUse(proof, padding=proof.padding, sliding_window=window, reach=window)
         why = "the prompt is attended to where it is kept" if found.use.whole or found.use.mask is not None else None
+        if why is None and mask.padding is not None:
+            why = PADDED
         is_owner, attention = index == members[0][0], None
         if is_owner and not one_token:
-            attention = choose_attention(options, site, mask.sliding_window, why or _why_masked(mask))
+            attention = choose_attention(options, site, mask.sliding_window, why or _why_masked(mask), proof)
         action = Action.DECODE if one_token else Action.COMPRESS
         planned.append(
             PlannedSite(
@@ -305,4 +307,4 @@ def _why_masked(mask: MaskUse) -> str | None:
         return "numbers are added to the logits"
     if mask.lookup is not None:
         return "queries see their own chunk alone"
-    return None if mask.padding is None else "the batch is padded, which takes the model's own mask"
+    return None

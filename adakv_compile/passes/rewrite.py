@@ -313,6 +313,15 @@ class _Rewriter(Pieces):
             return None
         emit = self.emit(planned)
         lse = None
+        if choice.name == "padded":
+            with self.graph.inserting_before(site.node):
+                out = emit.call(
+                    kernels.padded_attention.SPEC.overload,
+                    *(site.query, *site.node.args[1:3], self.padding(planned), site.scale),
+                )
+                out = self.in_layout_of(emit, out, site.node)
+            site.node.replace_all_uses_with(out)
+            return None
         with self.graph.inserting_before(site.node):
             fake = site.query.meta["val"]
             # Grouped heads have flash and cuDNN kernels; elsewhere PyTorch would fall back to plain products.

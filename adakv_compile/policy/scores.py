@@ -22,6 +22,7 @@ def window_scores(
     *,
     scale: float,
     visible: torch.Tensor | None = None,
+    causal: bool = False,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -42,6 +43,8 @@ def window_scores(
         scale: Factor on the logits.
         visible: Bool ``[B | 1, Hq | Hkv | 1, W | 1, L | 1]``, True where a query may attend to a
             key. None: everywhere.
+        causal: Whether the queries are those of the last ``W`` keys and see none after their own, on top of
+            ``visible``. Only these keys' logits are looked at, not those of the whole prompt.
         bias: Float, added to the capped logits, broadcastable like ``visible``; ``-inf`` hides a key, too.
         softcap: Logits are ``softcap * tanh(scale * product / softcap)``. None: they are not capped.
         sinks: Floating ``[Hq]``, one more logit of each query head, of no key; it takes its share of the softmax.
@@ -69,13 +72,13 @@ def window_scores(
     sink = None if sinks is None else sinks.float().reshape(1, num_kv_heads, group, 1, 1)
     rows, heads = _block_shape(grouped, key)
     if rows >= key.shape[0] and heads >= num_kv_heads:
-        return _block_scores(grouped, key, scale, softcap, mask, extra, counted, sink, gqa)
+        return _block_scores(grouped, key, scale, softcap, causal, mask, extra, counted, sink, gqa)
     scores = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     for row in range(0, key.shape[0], rows):
         for head in range(0, num_kv_heads, heads):
             part = (slice(row, row + rows), slice(head, head + heads))
             masks = _cut(mask, part), _cut(extra, part), _cut(counted, part), _cut(sink, part)
-            scores[part] = _block_scores(grouped[part], key[part], scale, softcap, *masks, gqa)
+            scores[part] = _block_scores(grouped[part], key[part], scale, softcap, causal, *masks, gqa)
     return scores
 
 
@@ -114,6 +117,7 @@ def _block_scores(
     key: torch.Tensor,
     scale: float,
     softcap: float | None,
+    causal: bool,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     counted: torch.Tensor | None,
@@ -130,6 +134,9 @@ def _block_scores(
         logits += bias
     if mask is not None:
         logits.masked_fill_(~mask, -torch.inf)
+    if causal:
+        later = torch.ones((window, window), dtype=torch.bool, device=key.device).triu_(1)
+        logits[..., key.shape[2] - window :].masked_fill_(later, -torch.inf)
     if counted is None:
         num_queries: int | torch.Tensor = window
     else:

@@ -257,19 +257,15 @@ graph 0: compress
 %13 = linear.default(%0, %5, %6) -> f32[1, 40, 32]
 %14 = view.default(%13, [1, 40, 2, 16]) -> f32[1, 40, 2, 16]
 %15 = transpose.int(%14, 1, 2) -> f32[1, 2, 40, 16]
-%16 = arange.default(40, pin_memory=False) -> i64[40]
-%17 = arange.start(0, 40, pin_memory=False) -> i64[40]
-%18 = unsqueeze.default(%17, 1) -> i64[40, 1]
-%19 = le.Tensor(%16, %18) -> b8[40, 40]
-%20 = scaled_dot_product_attention.default(%9, %12, %15, %19, enable_gqa=True) -> f32[1, 4, 40, 16]
-%21 = adakv.observe_v3.default(%9, %12, None, None, None, None, 0.25, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> f32[1, 2, 40]
-%22 = adakv.select_v1.default(%21, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> (i32[1, 24], i32[1, 3])
-%23 = getitem(%22, 0) -> i32[1, 24]
-%24 = getitem(%22, 1) -> i32[1, 3]
-%25 = adakv.compact_v1.default(%12, %15, %23, %24) -> (f32[1, 24, 16], f32[1, 24, 16])
-%26 = getitem(%25, 0) -> f32[1, 24, 16]
-%27 = getitem(%25, 1) -> f32[1, 24, 16]
-%28 = transpose.int(%20, 1, 2) -> f32[1, 40, 4, 16]
-%29 = view.default(%28, [1, 40, 64]) -> f32[1, 40, 64]
-return [%26, %27, %24, %23, %29]""",
+%16 = scaled_dot_product_attention.default(%9, %12, %15, None, 0.0, True, scale=0.25, enable_gqa=True) -> f32[1, 4, 40, 16]
+%17 = adakv.observe_v3.default(%9, %12, None, None, None, None, 0.25, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> f32[1, 2, 40]
+%18 = adakv.select_v1.default(%17, None, None, 'method=ada-snapkv;budget=12;window=4;pool=max;kernel_size=7;alpha=0.2;safeguard=soft;ties=position;beta=20;gqa=mean;sinks=4;layer=0;num_layers=1') -> (i32[1, 24], i32[1, 3])
+%19 = getitem(%18, 0) -> i32[1, 24]
+%20 = getitem(%18, 1) -> i32[1, 3]
+%21 = adakv.compact_v1.default(%12, %15, %19, %20) -> (f32[1, 24, 16], f32[1, 24, 16])
+%22 = getitem(%21, 0) -> f32[1, 24, 16]
+%23 = getitem(%21, 1) -> f32[1, 24, 16]
+%24 = transpose.int(%16, 1, 2) -> f32[1, 40, 4, 16]
+%25 = view.default(%24, [1, 40, 64]) -> f32[1, 40, 64]
+return [%22, %23, %20, %19, %25]""",
         )

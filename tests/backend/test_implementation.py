@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import adakv_compile
+from adakv_compile.kernels.padded_attention import reference
 from adakv_compile.kernels.prefill_attention import BACKENDS
 from adakv_compile.options import Options
 from adakv_compile.testing import graph_snapshot
-from tests.backend.decoders import OneLayer
+from tests.backend.decoders import Mask, OneLayer, causal
 from tests.models.families import VOCAB, build
 
 OPTIONS: dict[str, Any] = {"budget": 12, "window": 4, "inner": "eager", "strict": True}
@@ -35,14 +36,49 @@ def x() -> Tensor:
     return torch.randn(2, 41, 64)
 
 
-def test_a_proved_mask_is_not_made_when_the_operator_needs_none(x: Tensor) -> None:
+@pytest.mark.parametrize("attention", ["sdpa", "auto"])
+def test_a_proved_mask_is_not_made_when_the_operator_needs_none(x: Tensor, attention: str) -> None:
     model = OneLayer()
-    own = graph_snapshot(model, x, options=OPTIONS)
-    without = graph_snapshot(model, x, options=OPTIONS | {"attention": "sdpa"})
+    own = graph_snapshot(model, x, options=OPTIONS | {"attention": "model"})
+    without = graph_snapshot(model, x, options=OPTIONS | {"attention": attention})
     assert "arange" in own
     assert "arange" not in without
-    for expected, found in zip(run(model, x), run(model, x, attention="sdpa"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for expected, found in zip(run(model, x, attention="model"), run(model, x, attention=attention), strict=True):
+        assert torch.equal(found, expected)
+
+
+def added(new: int, total: int) -> Tensor:
+    """A mask that is added and hides with a finite number."""
+    return torch.zeros(new, total).masked_fill(~causal(new, total), -1e4)
+
+
+def sliding(new: int, total: int) -> Tensor:
+    """A window longer than the budget."""
+    order = torch.arange(total)
+    return causal(new, total) & (order > order[total - new :, None] - 20)
+
+
+@pytest.mark.parametrize("mask", [added, sliding])
+def test_a_mask_that_the_flag_does_not_replace_to_the_last_bit_stays(x: Tensor, mask: Mask) -> None:
+    model = OneLayer(mask)
+    assert "arange" in graph_snapshot(model, x, options=OPTIONS)
+    assert "attention of the prompt: model" in str(adakv_compile.explain(model, x, options=OPTIONS))
+
+
+class WrittenOut(OneLayer):
+    """Attention as products and a softmax."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (entries.repeat_interleave(2, dim=1) for entries in (k, v))
+        mask = self.mask(q.shape[2], k.shape[2])
+        assert mask is not None
+        return (q @ k.mT * 0.25).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+def test_an_attention_that_is_written_out_stays_as_it_is(x: Tensor) -> None:
+    lines = graph_snapshot(WrittenOut(), x, options=OPTIONS)
+    assert "softmax" in lines
+    assert "scaled_dot_product" not in lines
 
 
 def test_a_library_outside_of_the_graph_hands_its_sums_to_the_scores(
@@ -82,14 +118,53 @@ def test_what_the_machine_does_not_have_is_said_and_not_used(x: Tensor) -> None:
         assert torch.equal(expected, same)
 
 
-def test_a_padded_prompt_keeps_its_mask() -> None:
-    model = build("llama")
-    ids, mask = torch.randint(2, VOCAB, (2, 40)), torch.ones(2, 40, dtype=torch.long)
-    mask[0, :5] = 0
-    options = OPTIONS | {"attention": "sdpa"}
-    report = str(adakv_compile.explain(model, ids, attention_mask=mask, options=options))
-    assert "attention of the prompt: model (the batch is padded, which takes the model's own mask)" in report
-    assert "attention of the prompt: sdpa\n" in str(adakv_compile.explain(model, ids, options=options))
+def padded_prompts() -> dict[str, Tensor]:
+    full = torch.ones(2, 40, dtype=torch.long)
+    left, right = full.clone(), full.clone()
+    left[0, :5], right[1, 33:] = 0, 0
+    return {"full": full, "left": left, "right": right}
+
+
+@pytest.mark.parametrize("padding", ["full", "left", "right"])
+@pytest.mark.parametrize("asked", ["auto", "sdpa"])
+def test_a_mask_is_made_only_if_a_token_is_padding(padding: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, mask = build("llama"), torch.randint(2, VOCAB, (2, 40)), padded_prompts()[padding]
+    attend = reference.attend
+    masks: list[Tensor | None] = []
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        masks.append(mask)
+        return attend(query, key, value, mask, scale)
+
+    monkeypatch.setattr(reference, "attend", attended)
+    results: list[Any] = []
+    for attention in ("model", asked):
+        torch.compiler.reset()
+        compiled = torch.compile(model.forward, backend="adakv", options=OPTIONS | {"attention": attention})
+        with torch.no_grad():
+            results.append(compiled(ids, attention_mask=mask, use_cache=True))
+    assert len(masks) == model.config.num_hidden_layers
+    assert all((made is None) == (padding == "full") for made in masks)
+    assert torch.equal(results[0].logits, results[1].logits)
+    for own, ours in zip(*(result.past_key_values.layers for result in results), strict=True):
+        assert torch.equal(own.keys.store.keys, ours.keys.store.keys)
+        assert torch.equal(own.keys.store.positions, ours.keys.store.positions)
+
+
+def test_what_becomes_of_a_padded_prompt_is_reported() -> None:
+    model, ids, mask = build("llama"), torch.randint(2, VOCAB, (2, 40)), padded_prompts()["left"]
+
+    def page(mask: Tensor | None = mask, **options: str) -> str:
+        torch.compiler.reset()
+        return str(adakv_compile.explain(model, ids, attention_mask=mask, options=OPTIONS | options))
+
+    for asked in ("auto", "sdpa"):
+        assert "attention of the prompt: sdpa, with a mask only if a token is padding\n" in page(attention=asked)
+    assert "attention of the prompt: model\n" in page(attention="model")
+    assert "attention of the prompt: model (the batch is padded, which takes the model's own mask)" in page(
+        attention="varlen"
+    )
+    assert "attention of the prompt: sdpa\n" in page(None, attention="sdpa")
 
 
 def test_kernels_by_name(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

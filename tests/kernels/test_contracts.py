@@ -85,6 +85,7 @@ PREFILL_SAMPLES: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 _QUERY, _KEY = PREFILL_SAMPLES["observe_v3-plain"][1][:2]
 _BIAS = torch.randn(1, 6, 30, 33, generator=torch.manual_seed(0))
+_PADDED = torch.arange(30) >= torch.tensor([[0], [7]])
 SAMPLES = PREFILL_SAMPLES | {
     "observe-mask": ("observe_v3", (_QUERY, _KEY, _BIAS > 0, None, None, None, 0.3, None, None, POLICY)),
     "observe-bias": ("observe_v3", (_QUERY, _KEY, _BIAS, None, None, SINKS, 0.3, None, 2.0, POLICY)),
@@ -102,6 +103,8 @@ SAMPLES = PREFILL_SAMPLES | {
     "retain-plain": ("retain_v1", retained(SHARED_LONG, POLICY)),
     "retain-pyramid": ("retain_v1", retained(SHARED_PADDED, PYRAMID)),
     "retain-whole": ("retain_v1", retained(SHARED_LONG, POLICY, evict=False)),
+    "padded-attention": ("padded_attention_v1", (_QUERY, _QUERY, _QUERY, _PADDED, 0.3)),
+    "padded-attention-grouped": ("padded_attention_v1", (_QUERY, _KEY, _KEY, torch.ones_like(_PADDED), 0.3)),
     "attention-plain": ("attention_v1", (_QUERY, _KEY, _KEY, None, None, True, 0.3, None)),
     "attention-all": ("attention_v1", (_QUERY, _KEY, _KEY, _BIAS[..., 3:], SINKS, False, 0.3, 2.0)),
     "extend-plain": ("extend_v2", LONG.extend_arguments(Policy.decode(POLICY))),
@@ -190,6 +193,7 @@ def test_registration_covers_the_dialect() -> None:
         "extend_v2",
         "lay_out_v1",
         "observe_v3",
+        "padded_attention_v1",
         "prefill_attention_v1",
         "retain_v1",
         "select_v1",

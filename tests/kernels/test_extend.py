@@ -54,6 +54,11 @@ def check(case: Case, policy: Policy, dtype: torch.dtype = torch.float32) -> tor
     output, keys, values, offsets, positions = torch.ops.adakv.extend_v2(*arguments)
     truth = dense(case)
     assert_near(output, truth.output, dtype)
+    portable = torch.ops.adakv.extend_v2.portable(*arguments)
+    assert_near(portable[0], truth.output, dtype)
+    # Who attends does not change what is kept.
+    for kept_here, kept_there in zip((keys, values, offsets, positions), portable[1:], strict=True):
+        assert torch.equal(kept_here, kept_there)
     keep = expected_keep(case, policy, truth)
     kept = torch.zeros_like(keep)
     for row in range(keep.shape[0]):
@@ -109,6 +114,16 @@ def test_half_precision_keeps_the_budget(dtype: torch.dtype) -> None:
     assert_near(output, dense(case).output, dtype)
     assert keys.dtype == dtype
     assert offsets[:, -1].tolist() == [120, 120]
+
+
+@pytest.mark.parametrize("count", [1, 20, 64, 150])
+@pytest.mark.parametrize("dim", [6, 8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_shorter_and_longer_than_the_past(count: int, dim: int, padded: bool) -> None:
+    case = ragged_case(LENGTHS, count=count, value_dim=dim)
+    if padded:
+        case = dataclasses.replace(case, padding=torch.ones(2, case.length, dtype=torch.bool))
+    check(case, policy_of())
 
 
 def test_less_than_the_budget_is_kept_whole() -> None:

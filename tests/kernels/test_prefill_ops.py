@@ -66,8 +66,9 @@ def test_select_drops_what_no_later_query_sees(sliding_window: int, padded: bool
     assert torch.equal(bounds, offsets)
 
 
+@pytest.mark.parametrize("overload", ["default", "portable"])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_compact(contiguous: bool) -> None:
+def test_compact(contiguous: bool, overload: str) -> None:
     random = torch.manual_seed(0)
     policy = Policy(budget=12, window=4).encode()
     scores = torch.rand(2, 3, 60, generator=random)
@@ -78,7 +79,7 @@ def test_compact(contiguous: bool) -> None:
     key, value = key.transpose(1, 2), value.transpose(1, 2)
     if contiguous:
         key, value = key.contiguous(), value.contiguous()
-    keys, values = OPS.compact_v1(key, value, positions, offsets)
+    keys, values = getattr(OPS.compact_v1, overload)(key, value, positions, offsets)
     assert keys.is_contiguous()
     for row in range(2):
         for head in range(3):

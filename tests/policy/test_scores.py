@@ -49,6 +49,18 @@ def test_scores_are_the_papers(shape: tuple[int, int, int, int, int, int], gqa: 
         torch.testing.assert_close(actual[row], torch.tensor(expected))
 
 
+@pytest.mark.parametrize("gqa", ["mean", "max"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_causal_rule_is_a_mask_of_the_same_meaning(shape: tuple[int, int, int, int, int, int], gqa: Any) -> None:
+    query, key = inputs(shape)
+    window, length = shape[3:5]
+    real = (torch.arange(length) >= length // 3)[None, None, None]
+    for visible, mask in ((None, causal(window, length)[None, None]), (real, real & causal(window, length))):
+        ruled = window_scores(query, key, scale=0.7, visible=visible, causal=True, gqa=gqa)
+        assert torch.equal(ruled, window_scores(query, key, scale=0.7, visible=mask, gqa=gqa))
+        assert not torch.equal(ruled, window_scores(query, key, scale=0.7, visible=visible, gqa=gqa)) or window == 1
+
+
 def test_a_row_of_mean_scores_is_a_distribution() -> None:
     query, key = inputs((2, 8, 2, 5, 40, 16))
     summed = window_scores(query, key, scale=0.25).sum(-1)

@@ -15,7 +15,7 @@ import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
 from adakv_compile.kernels._support import Subject
-from adakv_compile.kernels.compact.reference import compact
+from adakv_compile.kernels.compact.reference import compact, compact_cpu
 
 __all__ = ["SPEC"]
 
@@ -37,5 +37,6 @@ SPEC = OpSpec(
     fake=_fake,
     triton="adakv_compile.kernels.compact.gpu:compact",
     subject=_subject,
+    cpu=compact_cpu,
 )
 register(SPEC)

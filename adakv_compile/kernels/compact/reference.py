@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from adakv_compile.kernels._checks import check_like, check_shape
 
-__all__ = ["check_compaction", "compact", "head_of_slots"]
+__all__ = ["check_compaction", "compact", "compact_cpu", "head_of_slots"]
 
 
 def check_compaction(key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -48,3 +50,17 @@ def compact(
     row = torch.arange(batch, device=key.device)[:, None]
     where = (row, head, positions.long())
     return key[where].masked_fill_(unused, 0), value[where].masked_fill_(unused, 0)
+
+
+def compact_cpu(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather the kept rows of one head after the other, whose bounds a CPU can read at no cost."""
+    check_compaction(key, value, positions, offsets)
+    kept = [entries.new_empty((*positions.shape, entries.shape[3])) for entries in (key, value)]
+    for row, bounds in enumerate(offsets.tolist()):
+        for entries, into in zip((key, value), kept, strict=True):
+            for head, (begin, end) in enumerate(pairwise(bounds)):
+                torch.index_select(entries[row, head], 0, positions[row, begin:end], out=into[row, begin:end])
+            into[row, bounds[-1] :].zero_()
+    return kept[0], kept[1]

@@ -28,6 +28,7 @@ import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
 from adakv_compile.kernels._support import Subject
+from adakv_compile.kernels.extend.cpu import extend_cpu
 from adakv_compile.kernels.extend.reference import Extended, extend, extended_slots
 
 __all__ = ["SPEC"]
@@ -86,5 +87,6 @@ SPEC = OpSpec(
     fake=_fake,
     triton="adakv_compile.kernels.extend.gpu:extend",
     subject=_subject,
+    cpu=extend_cpu,
 )
 register(SPEC)

@@ -76,8 +76,12 @@ def extend(
     softcap: float | None,
     policy: str,
     evict: bool,
+    attention: torch.Tensor | None = None,
 ) -> Extended:
-    """Attend, then compress; see :mod:`adakv_compile.kernels.extend.op`."""
+    """Attend, then compress; see :mod:`adakv_compile.kernels.extend.op`.
+
+    ``attention`` is result 0, where somebody has computed it already.
+    """
     check_attention("extend", query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values)
     check_mask("extend", query, mask, padding)
     check_softmax("extend", query, sinks, softcap)
@@ -93,7 +97,7 @@ def extend(
         *ragged_entries(keys, values, offsets, positions),
         tail_entries(dense_keys, dense_values, after, None),
     ]
-    output = attend_all(entries, query, softmax, visibility)
+    output = attend_all(entries, query, softmax, visibility) if attention is None else attention
 
     source = _sources(offsets, positions, prefix_length, fresh)
     real = real_positions(padding, length, keys)

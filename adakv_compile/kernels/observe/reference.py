@@ -42,12 +42,9 @@ def observe(
         return query.new_zeros((batch, num_heads, length), dtype=torch.float32)
     visible = bias = None
     if mask is None:
-        keys = torch.arange(length, device=key.device)
-        queries = keys[length - window :, None]
-        visible = keys <= queries
         if sliding_window is not None:
-            visible &= keys > queries - sliding_window
-        visible = visible[None, None]
+            keys = torch.arange(length, device=key.device)
+            visible = (keys > keys[length - window :, None] - sliding_window)[None, None]
     else:
         rows = mask if mask.shape[2] == 1 else mask[:, :, mask.shape[2] - window :]
         rows = rows[..., mask.shape[3] - length :]
@@ -63,6 +60,7 @@ def observe(
         key,
         scale=scale,
         visible=visible,
+        causal=mask is None,
         bias=bias,
         softcap=softcap,
         sinks=sinks,
