@@ -27,10 +27,11 @@ def run(run: Run) -> None:
     """Time the operator from few entries to many."""
     for name, shape in {"tiny": TINY}.items() if run.smoke else {"12/4 heads": SMALL, "32/8 heads": LARGE}.items():
         counts = (16, 48) if run.smoke else (128, 512, 2048, 8192)
-        seen: list[list[float]] = []
-        for entries in counts:
-            if run.has_time(f"{name}, {entries} entries", 0 if run.smoke else 5):
-                seen.append(_compare(run, f"{name} of {shape.dim}, {entries} entries a head", shape, entries))
+        seen = [
+            _compare(run, f"{name} of {shape.dim}, {entries} entries a head", shape, entries)
+            for entries in counts
+            if run.has_time(f"{name}, {entries} entries", 0 if run.smoke else 5)
+        ]
         run.series("op", f"{name} of {shape.dim}, over a copy", counts[: len(seen)], seen)
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from benchmarks.cpu.parts import PARTS
 from benchmarks.part import Row
-from benchmarks.table import section, table
+from benchmarks.table import cell, section, table
 
 __all__ = ["SMOKE", "markdown"]
 
@@ -26,8 +26,8 @@ def markdown(rows: Sequence[Row], plots: Sequence[tuple[str, str]] = ()) -> str:
     figures = [row for row in rows if row["kind"] == "figure"]
     sections = [
         f"# CPU results ({SMOKE})" if machine.get("smoke") else "# CPU results",
-        f"`python -m benchmarks.cpu`; {', '.join(facts)}. Random weights, float32, batch 1. Figures are medians; ratios "
-        "are of the medians of each round of runs that took turns in one process.",
+        f"`python -m benchmarks.cpu`; {', '.join(facts)}. Random weights, float32, batch 1. Figures are medians, "
+        "ratios of the medians of each round of runs that took turns in one process.",
         section("Targets", _figures([row for row in figures if "target" in row], with_part=True)),
         *(section(PARTS[part].title, _figures([row for row in figures if row["part"] == part])) for part in PARTS),
         section("Plots", "\n\n".join(f"![{caption}]({file})" for file, caption in plots)),
@@ -60,7 +60,7 @@ def _figures(rows: Sequence[Row], with_part: bool = False) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return f"{low:.3g} to {high:.3g}"
+    return f"{cell(low)} to {cell(high)}"
 
 
 def _absent(rows: Sequence[Row]) -> str:
