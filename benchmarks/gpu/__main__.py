@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.run import Row, read_rows
+from benchmarks.gpu.run import Row, append_rows, read_rows
 
 __all__ = ["PARTS", "Start", "main", "measure"]
 
@@ -76,24 +75,26 @@ def measure(wanted: Wanted, start: Start) -> int:
     head: Row = {"part": "all", "kind": "machine", **describe(wanted.commit), "parts": wanted.parts}
     if wanted.smoke:
         head["smoke"] = report.SMOKE
-    _append(rows, [head])
+    append_rows(rows, head)
     status = 0
     for part in wanted.parts:
         left = deadline - time.time()
         if left < 5:
-            _append(rows, [{"part": part, "kind": "skipped", "what": part, "why": f"time: {max(left, 0):.0f} s left"}])
+            append_rows(
+                rows, {"part": part, "kind": "skipped", "what": part, "why": f"time: {max(left, 0):.0f} s left"}
+            )
             continue
         _say(f"{part}: {left:.0f} s left of {wanted.seconds:.0f}")
         ends = time.time() + _SHARES[part] * left
         if part == "checks":
             found = _checks(wanted, ends, start)
-            _append(rows, found)
+            append_rows(rows, *found)
             failed = [row for row in found if not row.get("passed", True)]
             for row in failed:
                 _say(f"FAILED {row['name']}: {row['why']}")
             status = status or int(bool(failed))
         elif why := start(part, rows, ends, wanted.smoke, ()):
-            _append(rows, [{"part": part, "kind": "crashed", "what": part, "why": why}])
+            append_rows(rows, {"part": part, "kind": "crashed", "what": part, "why": why})
             status = 1
         report.write(read_rows(rows), wanted.out)
         if part == "checks" and status:
@@ -124,11 +125,6 @@ def _checks(wanted: Wanted, ends: float, start: Start) -> list[Row]:
 
 def _start_checks(start: Start, ends: float, smoke: bool, rows: Path, names: Sequence[str]) -> str | None:
     return start("checks", rows, ends, smoke, names)
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _say(text: str) -> None:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.run import Run
+from benchmarks.process import run_until
 
 __all__ = ["main", "start"]
-
-_ROOT = Path(__file__).parents[2]
-GRACE = 60.0
-"""Seconds after its deadline in which a part may end by itself; one that hangs is killed."""
 
 
 def start(part: str, rows: Path, deadline: float, smoke: bool, checks: Sequence[str] = ()) -> str | None:
@@ -36,23 +30,8 @@ def start(part: str, rows: Path, deadline: float, smoke: bool, checks: Sequence[
     command = [sys.executable, "-m", __name__, part, "--rows", str(rows.resolve()), "--deadline", str(deadline)]
     command += [*(["--smoke"] if smoke else []), *(["--checks", *checks] if checks else [])]
     # Nothing is loaded from the network. Ahead of anything that imports Triton, which reads it at every @jit.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1" if smoke else "0"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=_ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(deadline - time.time(), 0) + GRACE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return f"killed {GRACE:.0f} s after its time was over; last words: {_last_words(error.output)}"
-    if done.returncode:
-        return f"exit status {done.returncode}; last words: {_last_words(done.stdout)}"
-    return None
+    environment = {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1" if smoke else "0"}
+    return run_until(command, deadline, environment)
 
 
 def main() -> None:
@@ -75,11 +54,6 @@ def main() -> None:
     except Exception as error:
         run.fail(given.part, error)
         raise
-
-
-def _last_words(output: str | bytes | None) -> str:
-    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return " | ".join(text.strip().splitlines()[-3:])[-600:] or "none"
 
 
 if __name__ == "__main__":

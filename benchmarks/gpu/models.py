@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.shapes import Attention, shapes
+from benchmarks.models import twin
 
 __all__ = ["build", "dynamic_cache", "static_cache", "twin", "weight_bytes"]
 
@@ -37,12 +37,6 @@ def build(run: Run) -> Any:
             return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def twin(model: nn.Module) -> Any:
-    """Return a copy that has the same weights in the same memory, to be compiled in another way."""
-    shared: dict[int, Any] = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def static_cache(run: Run, model: Any, attention: Attention, batch: int, context: int, room: int) -> Any:

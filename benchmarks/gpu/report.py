@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu.run import Row
 from benchmarks.gpu.targets import TARGETS, compression_ms
+from benchmarks.table import cell, section, table
 
-__all__ = ["SMOKE", "markdown", "write"]
+__all__ = ["SMOKE", "markdown", "table", "write"]
 
 SMOKE: Final = "smoke: not a measurement"
-_WIDEST: Final = 300
-"""Letters of a cell; the JSON lines have the whole text."""
 _WAYS: Final = ("adakv", "adakv graphs", "inductor", "static graphs")
 _RIVALS: Final = ("varlen heads", "varlen rows", "flash-attn heads", "flash-attn rows", "sdpa gqa", "sdpa grouped")
 
@@ -42,38 +41,17 @@ def markdown(rows: Sequence[Row]) -> str:
     sections = [
         title,
         f"`python -m benchmarks.gpu`; {', '.join(facts)}. Times are medians.",
-        *([] if smoke else [_section("Targets", _targets(rows))]),
-        _section("Checks", _checks(rows)),
-        _section("Bandwidth of a copy", _bandwidths(rows)),
-        _section("Decode attention, one layer, one token", _decode(rows)),
-        _section("Compression, one layer", _compression(rows)),
-        _section("Time to first token", _prefill(rows)),
-        _section("Time per token", _tokens(rows)),
-        _section("Notes", _listed(rows, "note", "text")),
-        _section("Not measured", _absent(rows)),
+        *([] if smoke else [section("Targets", _targets(rows))]),
+        section("Checks", _checks(rows)),
+        section("Bandwidth of a copy", _bandwidths(rows)),
+        section("Decode attention, one layer, one token", _decode(rows)),
+        section("Compression, one layer", _compression(rows)),
+        section("Time to first token", _prefill(rows)),
+        section("Time per token", _tokens(rows)),
+        section("Notes", _listed(rows, "note", "text")),
+        section("Not measured", _absent(rows)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table, empty if there are no lines; None is a dash, floats have three digits."""
-    body = [[_cell(cell) for cell in line] for line in lines]
-    if not body:
-        return ""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    text = str(value).replace("|", "/").replace("\n", " ")
-    return text if len(text) <= _WIDEST else f"{text[:_WIDEST]} ..."
-
-
-def _section(title: str, body: str) -> str:
-    return f"## {title}\n\n{body}" if body else ""
 
 
 def _cases(rows: Sequence[Row], part: str, kind: str) -> list[Row]:
@@ -150,7 +128,7 @@ def _compression(rows: Sequence[Row]) -> str:
     for row in _cases(rows, "compression", "case"):
         ours = _us(row, "adakv")
         others = [
-            f"{name} {_cell(float(times['us']))} ({_times(ours, times['us']) or '-'})"
+            f"{name} {cell(float(times['us']))} ({_times(ours, times['us']) or '-'})"
             for name, times in row["times"].items()
             if name != "adakv" and "us" in times
         ]
@@ -207,7 +185,7 @@ def _tokens(rows: Sequence[Row]) -> str:
 
 
 def _listed(rows: Sequence[Row], kind: str, field: str) -> str:
-    return "\n".join(f"- {row['part']}: {_cell(row[field])}" for row in rows if row["kind"] == kind)
+    return "\n".join(f"- {row['part']}: {cell(row[field])}" for row in rows if row["kind"] == kind)
 
 
 def _absent(rows: Sequence[Row]) -> str:
