@@ -265,9 +265,10 @@ def make_view(
     view.kind = kind
     view.start = start
     view.length = length
-    # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on.
+    # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on. Without the flag
+    # that it writes besides: tracing reads the indices alone, and the flag has every guard look up five attributes to
+    # find what the type and the layout say already.
     view._dynamo_weak_dynamic_indices = {2}
-    view._has_dynamo_dim_marking = True
     if layout is not STANDARD:
         view.axes = STANDARD if layout.dims == STANDARD.dims else layout
         view._dynamo_weak_dynamic_indices = {layout.sequence_dim}
