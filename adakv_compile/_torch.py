@@ -18,10 +18,11 @@ from torch import fx
 from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource, ConstantSource, SubclassAttrListSource
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext, tracing
+from torch._guards import GuardsSet, TracingContext, tracing
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, free_symbols
@@ -33,6 +34,7 @@ __all__ = [
     "FakeTensorMode",
     "arguments_of",
     "capture",
+    "cheapen_subclass_guards",
     "compile_graph",
     "compile_when_called",
     "declare_inputs",
@@ -92,6 +94,46 @@ def specialise_float_inputs(gm: fx.GraphModule) -> None:
             found = True
     if found:
         raise TensorifyScalarRestartAnalysis
+
+
+def cheapen_subclass_guards(gm: fx.GraphModule, kind: type[torch.Tensor], inner: str, context: Sequence[str]) -> None:
+    """Let Dynamo guard on inputs of a tensor subclass in C++ where it would call Python for each at every step.
+
+    What ``__tensor_flatten__`` says is guarded by two calls of it: the inner tensors' names, which are the same for
+    every object of the class, and the context, which is an attribute here and so can be compared as one. The inner
+    tensor is guarded like an input of its own, which says nothing new where its dtype, its device and all else that a
+    graph can see of it are the outer tensor's.
+
+    Must be called while the backend runs, before Dynamo builds its guards. Where they are others, nothing is changed.
+
+    Args:
+        gm: Dynamo's graph.
+        kind: The subclass; its inner tensor has no elements, and is otherwise like the outer one.
+        inner: The attribute that holds its only inner tensor.
+        context: The attribute, and attributes of it, that hold the context: a tuple of strings.
+    """
+    tracing_context = TracingContext.try_get()
+    if tracing_context is None:
+        return
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    used: dict[Any, fx.Node] = {getattr(node, "_dynamo_source", None): node for node in placeholders}
+    views = {source for source, node in used.items() if type(node.meta.get("example_value")) is kind} - {None}
+    if not views:
+        return
+    inside = {AttrSource(view, inner) for view in views}
+    # If the graph reads an inner tensor (a model's code does not), it stays an input like any other.
+    needless = ({SubclassAttrListSource(view) for view in views} | inside) - used.keys()
+    guards_context = tracing_context.guards_context
+    kept: list[Any] = []
+    for guard in guards_context.dynamo_guards:
+        source = guard.originating_source
+        if source in needless:
+            continue
+        if source in views and guard.create_fn is GuardBuilder.TENSOR_SUBCLASS_METADATA_MATCH:
+            attribute = functools.reduce(AttrSource, context, source)
+            guard = attribute.make_guard(GuardBuilder.EQUALS_MATCH)
+        kept.append(guard)
+    guards_context.dynamo_guards = GuardsSet(type(guards_context.dynamo_guards.inner)(kept))
 
 
 def capture(gm: fx.GraphModule, fakes: Sequence[object], fake_mode: FakeTensorMode) -> CapturedGraph:

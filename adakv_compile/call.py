@@ -18,7 +18,8 @@ from adakv_compile.buffer_call import Buffer, bind_buffers
 from adakv_compile.runtime.boundary import join, wrap_grown, wrap_prefill
 from adakv_compile.runtime.compressed import CompressedKV, Kind, make_view
 from adakv_compile.runtime.layout import STANDARD, Layout
-from adakv_compile.runtime.store import LayerStore
+from adakv_compile.runtime.store import STORE_TENSORS, LayerStore
+from adakv_compile.step_call import Layer, Step, bind_step
 
 __all__ = [
     "STORE_TENSORS",
@@ -33,16 +34,6 @@ __all__ = [
     "StorePart",
     "bind",
 ]
-
-STORE_TENSORS: Final = (
-    "keys",
-    "values",
-    "offsets",
-    "positions",
-    "tail_keys",
-    "tail_values",
-    "cursor",
-)
 
 _FEWEST_ENTRIES: Final = 2
 """The compiled graph was made for at least two kept entries, as any size that PyTorch keeps symbolic."""
@@ -180,6 +171,17 @@ def bind(
     if not boundary.pasts and not boundary.buffers and all(isinstance(output, Returned) for output in boundary.outputs):
         return compiled
     pasts, assumed = boundary.pasts, boundary.assumed
+
+    def graph_for(stores: Sequence[LayerStore]) -> Callable[..., Sequence[Any]]:
+        usual = sizes is None or sizes.holds(*(size.of(stores) for size in sizes.sizes))
+        return compiled if usual else cast("Assumption", sizes).otherwise
+
+    def is_as_assumed(args: Sequence[Any]) -> bool:
+        return all(assumption.holds(args) for assumption in assumed)
+
+    step = _step(boundary)
+    if step is not None:
+        return bind_step(step, graph_for, fallback, is_as_assumed if assumed else None, _FEWEST_ENTRIES)
     getters = [_getter(source) for source in boundary.inputs]
     layouts = _layouts(boundary.outputs)
     if boundary.buffers:
@@ -187,19 +189,11 @@ def bind(
         def wrapped(results: Sequence[Any]) -> tuple[Any, ...]:
             return _wrap(boundary, layouts, results, (), ())
 
-        def graph_for(stores: Sequence[LayerStore]) -> Callable[..., Sequence[Any]]:
-            usual = sizes is None or sizes.holds(*(size.of(stores) for size in sizes.sizes))
-            return compiled if usual else cast("Assumption", sizes).otherwise
-
-        def is_as_assumed(args: Sequence[Any]) -> bool:
-            return all(assumption.holds(args) for assumption in assumed)
-
         return bind_buffers(boundary.buffers, getters, graph_for, fallback, wrapped, is_as_assumed)
 
     def run(*args: Any) -> Sequence[Any]:
-        for assumption in assumed:
-            if not assumption.holds(args):
-                return fallback(*args)
+        if not is_as_assumed(args):
+            return fallback(*args)
         stores: list[LayerStore] = []
         for past in pasts:
             key, value = args[past.key], args[past.value]
@@ -208,15 +202,13 @@ def bind(
             if key.start and not past.drops_oldest:
                 return fallback(*args)
             store = join(key, value, _count(past, args))
-            if store.keys.shape[1] < _FEWEST_ENTRIES:
+            if store.entries < _FEWEST_ENTRIES:
                 return fallback(*args)
             stores.append(store)
         before = [(args[past.key].length, args[past.key].start) for past in pasts]
         finished = False
         try:
-            usual = sizes is None or sizes.holds(*(size.of(stores) for size in sizes.sizes))
-            run_graph = compiled if usual else cast("Assumption", sizes).otherwise
-            results = run_graph(*[get(args, stores) for get in getters])
+            results = graph_for(stores)(*[get(args, stores) for get in getters])
             finished = True
         finally:
             if not finished:
@@ -229,6 +221,39 @@ def bind(
         return _wrap(boundary, layouts, results, stores, before)
 
     return run
+
+
+def _step(boundary: Boundary) -> Step | None:
+    """Return what a decode step in the usual layout does, None for any other graph."""
+    layers = [
+        Layer(past.key, past.value, past.appends, past.drops_oldest)
+        for past in boundary.pasts
+        if isinstance(past.appends, int) and past.key != past.value
+    ]
+    if boundary.buffers or len(layers) < len(boundary.pasts):
+        return None
+    inputs: list[int] = []
+    for source in boundary.inputs:
+        if isinstance(source, Passed):
+            inputs.append(len(STORE_TENSORS) * len(layers) + source.index)
+        elif isinstance(source, StorePart) and source.field in STORE_TENSORS:
+            inputs.append(len(STORE_TENSORS) * source.past + STORE_TENSORS.index(source.field))
+        else:
+            return None
+    constants: list[object] = [
+        output.constant for output in boundary.outputs if isinstance(output, Returned) and output.index is None
+    ]
+    outputs: list[int] = []
+    results = 2 * len(layers) + len(constants)
+    constant = iter(range(2 * len(layers), results))
+    for output in boundary.outputs:
+        if isinstance(output, Returned):
+            outputs.append(next(constant) if output.index is None else results + output.index)
+        elif isinstance(output, Grown) and output.layout is STANDARD and output.cached == "all":
+            outputs.append(2 * output.past + (output.kind == "value"))
+        else:
+            return None
+    return Step(tuple(layers), tuple(inputs), tuple(outputs), tuple(constants))
 
 
 def _count(past: Past, args: Sequence[Any]) -> int:

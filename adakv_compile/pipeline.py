@@ -76,6 +76,7 @@ def compile_or_leave(
     Raises:
         CompilationRefusedError: ``options.strict`` and an attention with a KV cache could not be compressed.
     """
+    _torch.cheapen_subclass_guards(gm, CompressedKV, inner="anchor", context=("axes", "dims"))
     stages = _Stages(keep_snapshot=observer is not None)
     sites: tuple[SiteReport, ...] = ()
     snapshot, nodes, refusal = "", len(gm.graph.nodes), None

@@ -258,15 +258,17 @@ def make_view(
     dim = store.value_dim if kind == "value" else store.key_dim
     batch, heads = store.batch, store.num_kv_heads
     shape = (batch, heads, length, dim) if layout is STANDARD else layout.shape(batch, heads, length, dim)
-    view = make_wrapper(CompressedKV, shape, dtype=anchor.dtype, device=anchor.device)
+    # Without keywords, which cost a quarter more: sizes, strides, offset, memory format, dtype, layout, device.
+    view = make_wrapper(CompressedKV, shape, None, None, None, store.dtype, torch.strided, store.device)
     view.anchor = anchor
     view.backing = store
     view.kind = kind
     view.start = start
     view.length = length
-    # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on.
+    # What torch._dynamo.maybe_mark_dynamic writes: one graph serves all lengths from the first one on. Without the flag
+    # that it writes besides: tracing reads the indices alone, and the flag has every guard look up five attributes to
+    # find what the type and the layout say already.
     view._dynamo_weak_dynamic_indices = {2}
-    view._has_dynamo_dim_marking = True
     if layout is not STANDARD:
         view.axes = STANDARD if layout.dims == STANDARD.dims else layout
         view._dynamo_weak_dynamic_indices = {layout.sequence_dim}

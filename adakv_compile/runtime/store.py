@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from adakv_compile.runtime.tail import Tail, new_cursor, new_tail, roomy
 
-__all__ = ["LayerStore", "repeat_rows", "take_rows"]
+__all__ = ["STORE_TENSORS", "LayerStore", "repeat_rows", "take_rows"]
+
+STORE_TENSORS: Final = ("keys", "values", "offsets", "positions", "tail_keys", "tail_values", "cursor")
+"""The fields of a store that are tensors, in the order of :attr:`LayerStore.parts`."""
 
 _Prefix = tuple[Tensor, Tensor, Tensor, Tensor]
 """Keys, values, offsets, positions."""
@@ -36,7 +39,10 @@ class LayerStore:
         tail_length: Host mirror of ``cursor[0]``.
         prefix_length: Host mirror of ``cursor[1]``.
         capacity: ``C``.
+        parts: All tensors, in the order of ``STORE_TENSORS``.
         anchor: An empty tensor of the entries' dtype and device, which the views hand to Dynamo.
+        dtype: Of the entries, on ``device``.
+        entries: ``N``.
         batch: ``B``.
         num_kv_heads: ``Hkv``.
         key_dim: ``Dk``.
@@ -50,10 +56,14 @@ class LayerStore:
         "batch",
         "capacity",
         "cursor",
+        "device",
+        "dtype",
+        "entries",
         "key_dim",
         "keys",
         "num_kv_heads",
         "offsets",
+        "parts",
         "positions",
         "prefix_length",
         "tail_keys",
@@ -86,11 +96,14 @@ class LayerStore:
         self.prefix_length = prefix_length
         # Plain integers, because every decode step reads them and Tensor.shape costs more than the step's checks.
         self.batch: int = keys.shape[0]
+        self.entries: int = keys.shape[1]
         self.num_kv_heads: int = offsets.shape[1] - 1
         self.key_dim: int = keys.shape[2]
         self.value_dim: int = values.shape[2]
         self.capacity: int = tail_keys.shape[2]
+        self.dtype, self.device = keys.dtype, keys.device
         self.anchor = keys.new_empty(0)
+        self.parts = (keys, values, offsets, positions, tail_keys, tail_values, cursor)
         self._derived: list[tuple[_Request, weakref.ref[LayerStore]]] = []
 
     @classmethod
@@ -123,8 +136,7 @@ class LayerStore:
     @property
     def nbytes_held(self) -> int:
         """Bytes this layer holds: prefix, bookkeeping and the whole allocated tail."""
-        entries = self.keys.nbytes + self.values.nbytes
-        return entries + self.tail_keys.nbytes + self.tail_values.nbytes + self.bookkeeping_bytes
+        return sum(part.nbytes for part in self.parts)
 
     def __repr__(self) -> str:
         return (
@@ -144,8 +156,9 @@ class LayerStore:
         """
         if self.tail_length + extra <= self.capacity:
             return
-        self.tail_keys, self.tail_values = roomy(self._used_tail(0, self.tail_length), extra)
+        self.tail_keys, self.tail_values = tail = roomy(self._used_tail(0, self.tail_length), extra)
         self.capacity = self.tail_keys.shape[2]
+        self.parts = (*self._prefix, *tail, self.cursor)
 
     def advance(self, count: int) -> None:
         """Follow on the host an append of ``count`` entries that an operation made on the device."""
@@ -260,13 +273,8 @@ class LayerStore:
         """Return a store that holds nothing and whose next token has position ``length``."""
 
         def build() -> LayerStore:
-            return LayerStore.sealed(
-                self.keys[:, :0].clone(),
-                self.values[:, :0].clone(),
-                torch.zeros_like(self.offsets),
-                self.positions[:, :0].clone(),
-                length,
-            )
+            keys, values, positions = (part[:, :0].clone() for part in (self.keys, self.values, self.positions))
+            return LayerStore.sealed(keys, values, torch.zeros_like(self.offsets), positions, length)
 
         return self._remember(_Request("emptied", length, 0), build)
 
