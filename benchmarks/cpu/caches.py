@@ -25,7 +25,8 @@ def dense(model: Any, shape: Shape, length: int) -> DynamicCache:
     """Return a full cache that grows by copying, as transformers makes it by default."""
     cache = DynamicCache(config=model.config)
     for layer in range(shape.layers):
-        cache.update(*(torch.randn(1, shape.kv_heads, length, shape.dim) for _ in range(2)), layer)
+        keys, values = (torch.randn(1, shape.kv_heads, length, shape.dim) for _ in range(2))
+        cache.update(keys, values, layer)
     return cache
 
 

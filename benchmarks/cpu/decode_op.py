@@ -38,9 +38,8 @@ def run(run: Run) -> None:
 def _compare(run: Run, what: str, shape: Shape, entries: int) -> list[float]:
     model = build(TINY)  # for its configuration's class alone: the caches are of the other shape
     model.config.num_hidden_layers = shape.layers
-    stores: list[LayerStore] = [
-        layer.keys.store for layer in caches.compressed(model, shape, 4 * entries, entries, tail=1).layers
-    ]
+    cache: Any = caches.compressed(model, shape, 4 * entries, entries, tail=1)
+    stores: list[LayerStore] = [layer.keys.store for layer in cache.layers]
     dense = [torch.randn(2, 1, shape.kv_heads, entries, shape.dim) for _ in stores]
     targets = [(torch.empty_like(store.keys), torch.empty_like(store.values)) for store in stores]
     query = torch.randn(1, shape.query_heads, 1, shape.dim)
@@ -50,7 +49,9 @@ def _compare(run: Run, what: str, shape: Shape, entries: int) -> list[float]:
             (key.copy_(store.keys), value.copy_(store.values))
             for (key, value), store in zip(targets, stores, strict=True)
         ],
-        "dense SDPA": lambda: [F.scaled_dot_product_attention(query, *pair, enable_gqa=True) for pair in dense],
+        "dense SDPA": lambda: [
+            F.scaled_dot_product_attention(query, pair[0], pair[1], enable_gqa=True) for pair in dense
+        ],
     }
     times = time_steps(run, contenders, rounds=16, calls=3, share=0.3)
     for name, rounds in times.items():

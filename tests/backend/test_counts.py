@@ -91,12 +91,12 @@ def _compiled(backend: str, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def _prompt(model: Any, ids: Tensor) -> DynamicCache:
+def _prompt(model: Any, ids: Tensor) -> Any:
     return model(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()
-def _step(model: Any, cache: DynamicCache) -> None:
+def _step(model: Any, cache: Any) -> None:
     model(torch.ones(cache.layers[0].keys.shape[0], 1, dtype=torch.long), past_key_values=cache, use_cache=True)
 
 
