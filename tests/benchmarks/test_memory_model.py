@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adakv_compile.runtime.tail import FIRST_TAIL_CAPACITY
-from benchmarks.memory_model import capacity_of, conversations, generation
+from benchmarks.cpu.memory_model import capacity_of, conversations, generation
 
 LAYERS = 2
 ENTRY = 2 * 2 * 16 * 4  # keys and values of 2 heads of 16 float32 numbers

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "symbolic": {"_torch", "errors", "report"},
     "policy": {"errors"},
-    "kernels": {"errors", "policy"},
+    "kernels": {"_torch", "errors", "policy"},
     "runtime": {"_torch", "errors", "kernels", "policy"},
     "_torch": set(),
 }

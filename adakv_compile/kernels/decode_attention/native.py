@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 _SOURCE: Final = Path(__file__).with_name("native.cpp")
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_ROOM: Final = 1
+# What comes of a compiler that is missing or fails, of a linker, a file system, a lock, another version of Inductor.
+_FAILURES: Final = (RuntimeError, OSError, subprocess.SubprocessError, ImportError, AttributeError, TypeError)
 _Kernel = Callable[..., int]
 _Numbers = ctypes.c_int64 * 19
 _Factors = ctypes.c_double * 2
@@ -48,7 +51,7 @@ def kernel() -> _Kernel | None:
 def _build() -> _Kernel | None:
     try:
         found: _Kernel = _torch.load_cpp(_SOURCE.read_text()).adakv_decode_attention
-    except Exception as error:  # noqa: BLE001  (compilers, linkers and file systems fail in many ways; ATen serves)
+    except _FAILURES as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         log.warning("the C++ kernel of decode attention can't be built, PyTorch's operators serve: %s", first)
         return None

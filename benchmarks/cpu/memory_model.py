@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory_model``: bytes of a cache at every step against their formula, and leaks.
+"""``python -m benchmarks.cpu.memory_model``: bytes of a cache at every step against their formula, and leaks.
 
 A tiny decoder, compiled without Inductor: what is held depends on sizes alone. Bytes are counted, not sampled; only the
 memory of the process is read from the system.
