@@ -153,6 +153,24 @@ def test_wrong_shapes_reach_the_check_and_not_the_kernel(change: str, served: mo
     assert served.call_count == 0
 
 
+def test_offsets_that_lead_out_of_the_store_are_never_read_by(served: mock.Mock) -> None:
+    for wrong in ([[0, 1, 701, 99_999], [0, 300, 316, 356]], [[0, 701, 1, 703], [0, 300, 316, 356]]):
+        case = dataclasses.replace(large(), offsets=torch.tensor(wrong, dtype=torch.int32))
+        arguments = case.arguments()
+        with pytest.raises((RuntimeError, ValueError)):
+            decode_attention_cpu(*arguments)
+    assert served.call_count == 2
+
+
+def test_other_integers_and_devices_reach_the_operators(served: mock.Mock) -> None:
+    case = large()
+    agrees(dataclasses.replace(case, offsets=case.offsets.long()))
+    agrees(dataclasses.replace(case, positions=case.positions.long()))
+    with pytest.raises(ValueError, match="meta"):
+        decode_attention_cpu(*dataclasses.replace(case, sinks=torch.zeros(6, device="meta")).arguments())
+    assert served.call_count == 0
+
+
 def test_a_full_tail_is_refused_and_nothing_is_written(served: mock.Mock) -> None:
     case = large(tail=64, capacity=64)
     arguments = case.arguments()

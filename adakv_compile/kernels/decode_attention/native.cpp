@@ -407,9 +407,18 @@ void decode(const Call& c, const int64_t* ints, void* const* tensors, int thread
   }
 }
 
+// Whether heads lie one behind the other inside of the slots: what is read by them stays inside of its memory.
+bool ascending(const Call& c) {
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int32_t* bounds = c.offsets + b * (c.heads + 1);
+    if (bounds[0] < 0 || bounds[c.heads] > c.slots || !std::is_sorted(bounds, bounds + c.heads + 1)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
-// Returns 0, or why nothing was done: 1 the tail has no room, 2 the dtype can't be computed here.
+// Returns 0, or why nothing was done: 1 the tail has no room, 2 the dtype or these offsets can't be computed with.
 extern "C" int adakv_decode_attention(const int64_t* ints, const double* floats, void* const* tensors) {
   Call c;
   c.batch = ints[0], c.heads = ints[1], c.group = ints[2], c.key_dim = ints[3], c.value_dim = ints[4];
@@ -424,7 +433,7 @@ extern "C" int adakv_decode_attention(const int64_t* ints, const double* floats,
   c.key_room = (c.key_dim + W - 1) / W * W, c.value_room = (c.value_dim + W - 1) / W * W;
   c.first_seen = window > 0 ? c.start + c.length - window : 0;
   if (c.length > c.capacity) return 1;
-  if (dtype == 2 && !HAS_FLOAT16) return 2;
+  if (c.length < 1 || !ascending(c) || (dtype == 2 && !HAS_FLOAT16)) return 2;
   if (dtype == 0) decode<float>(c, ints, tensors, threads);
   if (dtype == 1) decode<BFloat16>(c, ints, tensors, threads);
   if (dtype == 2) decode<Float16>(c, ints, tensors, threads);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import math
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -123,11 +124,18 @@ def decode(
         and positions.shape == (batch, slots)
         and tail_keys.shape == (batch, heads, capacity, key_dim)
         and tail_values.shape[0] == batch
-        and (sinks is None or sinks.shape == (query_heads,))
+        and (sinks is None or (sinks.shape == (query_heads,) and sinks.is_cpu and sinks.is_floating_point()))
+        and (softcap is None or 0 < softcap < math.inf)
     )
-    stored = (keys, values, offsets, positions, tail_keys, tail_values, cursor)
-    floating = (key_new, value_new, keys, values, tail_keys, tail_values)
-    if not (fits and all(t.is_contiguous() for t in stored) and all(t.dtype == query.dtype for t in floating)):
+    entries = (keys, values, tail_keys, tail_values)
+    integers = (offsets, positions, cursor)
+    if not (
+        fits
+        and query.is_cpu
+        and all(t.dtype == query.dtype and t.is_cpu for t in (key_new, value_new))
+        and all(t.dtype == query.dtype and t.is_cpu and t.is_contiguous() for t in entries)
+        and all(t.dtype == torch.int32 and t.is_cpu and t.is_contiguous() for t in integers)
+    ):
         # The general implementation says what is wrong, if anything is.
         return None
     out = query.new_empty((batch, query_heads, 1, value_dim))
