@@ -54,6 +54,7 @@ def _panel(panel: Any, records: Sequence[Record]) -> None:
     full = mean([record for record in records if record["method"] == FULL])
     if full is not None:
         panel.axhline(full.mean, color="black", linestyle="--", linewidth=1)
+    panel.set_ylim(-2, 103)
     panel.set_xscale("log", base=2)
     panel.set_xticks(budgets, [str(budget) for budget in budgets])
     panel.tick_params(labelsize=6)
