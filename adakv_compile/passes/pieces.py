@@ -162,10 +162,13 @@ class Pieces:
             return emit.call(aten.clone.default, out, memory_format=torch.contiguous_format)
         rows = emit.call(aten.transpose.int, out, 1, 2)
         rows = emit.call(aten.clone.default, rows, memory_format=torch.contiguous_format)
-        out = emit.call(aten.transpose.int, rows, 1, 2)
-        if not same_layout(out, like):
+        by_token = emit.call(aten.transpose.int, rows, 1, 2)
+        if same_layout(by_token, like):
+            return by_token
+        by_head = emit.call(aten.clone.default, out, memory_format=torch.contiguous_format)
+        if not same_layout(by_head, like):
             raise RuntimeError(f"the attention {like.name} has strides {like.meta['val'].stride()}")
-        return out
+        return by_head
 
     def without_empty_past(self, update: CacheUpdate) -> fx.Node:
         """Return what the caller keeps, after replacing ``cat([empty, new])`` by ``new``."""

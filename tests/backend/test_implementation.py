@@ -180,7 +180,7 @@ def test_kernels_by_name(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     why = "Triton runs on a CPU only in its interpreter, TRITON_INTERPRET=1"
     assert f"kernels: portable ({why})" in str(report)
     assert f"not met: option 'kernels' is 'triton': {why}" in str(report)
-    assert "kernels: cpu; attention of the prompt: model" in str(adakv_compile.explain(model, x, options=OPTIONS))
+    assert "kernels: cpu; attention of the prompt: sdpa" in str(adakv_compile.explain(model, x, options=OPTIONS))
 
 
 @pytest.mark.parametrize(
