@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from adakv_compile.kernels.select.cpu import select_cpu
+from adakv_compile.kernels.select.reference import select
 from adakv_compile.policy import Policy, layer_budget, layer_capacity
 
 OPS = torch.ops.adakv
@@ -103,3 +105,31 @@ def test_arguments_are_checked() -> None:
         OPS.compact_v1(key, key[:, :2], torch.zeros(2, 6).int(), torch.zeros(2, 4).int())
     with pytest.raises(ValueError, match="not an encoded policy"):
         OPS.select_v1(torch.rand(2, 3, 9), None, None, "nothing")
+
+
+@pytest.mark.parametrize("method", ["ada-snapkv", "ada-pyramid", "snapkv", "pyramidkv", "streamingllm"])
+@pytest.mark.parametrize("budget", [9, 20, 64, 0.5])
+@pytest.mark.parametrize("padded", ["no", "none is", "some are"])
+def test_a_prompt_within_the_budget_is_kept_as_the_general_selection_keeps_it(
+    method: Any, budget: float, padded: str
+) -> None:
+    for length in (1, 7, 20, 21, 64, 65):
+        for layer in (0, 3):
+            policy = Policy(method=method, budget=budget, window=4, layer=layer, num_layers=4)
+            scores = torch.rand(2, 3, length, generator=torch.Generator().manual_seed(length))
+            padding = None if padded == "no" else torch.ones(2, length, dtype=torch.bool)
+            if padded == "some are" and padding is not None:
+                padding[1, : length // 3] = False
+            arguments = (scores, padding, None, policy.encode())
+            for found, expected in zip(select_cpu(*arguments), select(*arguments), strict=True):
+                assert torch.equal(found, expected)
+                assert found.dtype == expected.dtype
+                assert found.is_contiguous()
+
+
+def test_nothing_is_ranked_where_everything_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(budget=20, window=4).encode()
+    monkeypatch.setattr("adakv_compile.kernels.select.cpu.select", lambda *_: pytest.fail("ranked"))
+    select_cpu(torch.rand(1, 2, 20), torch.ones(1, 20, dtype=torch.bool), None, policy)
+    with pytest.raises(pytest.fail.Exception):
+        select_cpu(torch.rand(1, 2, 21), None, None, policy)

@@ -22,6 +22,7 @@ import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
 from adakv_compile.kernels._support import Subject
+from adakv_compile.kernels.select.cpu import select_cpu
 from adakv_compile.kernels.select.reference import capacity, select
 from adakv_compile.policy import Policy
 
@@ -52,5 +53,6 @@ SPEC = OpSpec(
     fake=_fake,
     triton="adakv_compile.kernels.select.gpu:select",
     subject=_subject,
+    cpu=select_cpu,
 )
 register(SPEC)
