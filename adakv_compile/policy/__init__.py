@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adakv_compile.policy.allocate import head_budgets, uniform_budgets
-from adakv_compile.policy.budget import layer_budget, layer_capacity
+from adakv_compile.policy.budget import keeps_all, layer_budget, layer_capacity
 from adakv_compile.policy.policy import Gqa, Method, Policy, Pool
 from adakv_compile.policy.scores import pool_scores, window_scores
 from adakv_compile.policy.select import select
@@ -14,6 +14,7 @@ __all__ = [
     "Policy",
     "Pool",
     "head_budgets",
+    "keeps_all",
     "layer_budget",
     "layer_capacity",
     "pool_scores",

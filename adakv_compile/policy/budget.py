@@ -8,7 +8,7 @@ import torch
 
 from adakv_compile.policy.policy import Policy
 
-__all__ = ["layer_budget", "layer_capacity"]
+__all__ = ["keeps_all", "layer_budget", "layer_capacity"]
 
 Length = TypeVar("Length", int, torch.SymInt, torch.Tensor)
 # Inside, the kinds mix freely (an int and a tensor give a tensor), which no annotation of ours
@@ -71,6 +71,19 @@ def layer_capacity(policy: Policy, length: Length) -> Length:
         return _greatest(budget, _least(length, int(policy.budget)))
     # Flooring ``share * length`` can make one token more cost an upper layer one entry, never two.
     return _least(length, _greatest(budget + 1, policy.floor))
+
+
+def keeps_all(policy: Policy, length: int) -> bool:
+    """Say whether every row of at most ``length`` tokens is kept whole, whatever the scores are.
+
+    Up to the layers' mean budget nothing is evicted in any of them, pyramid or not, and what holds for a length holds
+    for all shorter ones.
+
+    Args:
+        policy: The layer's policy.
+        length: Largest logical length of a row, in tokens.
+    """
+    return length <= _nominal(policy, length)
 
 
 def _nominal(policy: Policy, length: _Size) -> _Size:

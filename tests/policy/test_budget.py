@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adakv_compile.policy import Method, Policy, layer_budget, layer_capacity
+from adakv_compile.policy import Method, Policy, keeps_all, layer_budget, layer_capacity
 from tests.oracles import paper
 from tests.policy.cases import policies
 
@@ -153,3 +153,14 @@ def test_upper_pyramid_layers_keep_more_of_a_short_row() -> None:
     assert layer_budget(policy, 128) == 128
     assert layer_budget(policy, 4000) == 36
     assert layer_capacity(policy, 4000) == 128
+
+
+@settings(deadline=None, max_examples=200)
+@given(policies(), st.integers(1, 200))
+def test_what_is_said_to_be_kept_whole_is_in_every_layer_and_at_every_shorter_length(
+    policy: Policy, length: int
+) -> None:
+    whole = all(layers(policy, shorter) == [shorter] * policy.num_layers for shorter in range(1, length + 1))
+    assert whole or not keeps_all(policy, length)
+    # The other way round, too, but where rounding gives the upper layers of a pyramid what they lack.
+    assert keeps_all(policy, length) or not whole or policy.pyramid

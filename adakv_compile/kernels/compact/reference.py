@@ -55,10 +55,19 @@ def compact(
 def compact_cpu(
     key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather the kept rows of one head after the other, whose bounds a CPU can read at no cost."""
+    """Gather the kept rows of one head after the other, whose bounds a CPU can read at no cost; copy what is whole."""
     check_compaction(key, value, positions, offsets)
+    batch, num_heads, length = key.shape[:3]
+    rows = offsets.tolist()
+    if positions.shape[1] == num_heads * length and all(bounds[-1] == num_heads * length for bounds in rows):
+        # Positions differ inside a head: with as many as there are, they are all of them, in order.
+        whole = [
+            entries.clone(memory_format=torch.contiguous_format).view(batch, num_heads * length, entries.shape[3])
+            for entries in (key, value)
+        ]
+        return whole[0], whole[1]
     kept = [entries.new_empty((*positions.shape, entries.shape[3])) for entries in (key, value)]
-    for row, bounds in enumerate(offsets.tolist()):
+    for row, bounds in enumerate(rows):
         for entries, into in zip((key, value), kept, strict=True):
             for head, (begin, end) in enumerate(pairwise(bounds)):
                 torch.index_select(entries[row, head], 0, positions[row, begin:end], out=into[row, begin:end])

@@ -21,7 +21,8 @@ A mask replaces the causal and the sliding rule; padding comes on top. Its last 
 last row to the last query, and `M` is `L` or more. A float mask is added to the capped logits. A sink is one more term
 of its head's softmax, so that scores sum to less. What the attention itself returns for free may be given as `lse`, if
 its queries saw exactly these keys, sinks left out: the op adds them. It saves a pass over the keys and changes nothing
-else. `"streamingllm"` needs no scores and gets zeros. Cost: `Hq * min(window, T) * L * Dk` products, each key read once
+else. `"streamingllm"` needs no scores and gets zeros; so does on the CPU a row that is kept whole whatever its scores
+are (`policy.keeps_all`). Cost: `Hq * min(window, T) * L * Dk` products, each key read once
 (twice without `lse`).
 """
 
@@ -31,6 +32,7 @@ import torch
 
 from adakv_compile.kernels._registration import OpSpec, register
 from adakv_compile.kernels._support import Subject
+from adakv_compile.kernels.observe.cpu import observe_cpu
 from adakv_compile.kernels.observe.reference import observe
 
 __all__ = ["SPEC"]
@@ -64,5 +66,6 @@ SPEC = OpSpec(
     fake=_fake,
     triton="adakv_compile.kernels.observe.gpu:observe",
     subject=_subject,
+    cpu=observe_cpu,
 )
 register(SPEC)

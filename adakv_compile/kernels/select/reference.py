@@ -10,7 +10,7 @@ from adakv_compile.kernels._checks import check_shape
 from adakv_compile.policy import Policy, layer_budget, layer_capacity
 from adakv_compile.policy import select as select_entries
 
-__all__ = ["capacity", "pack", "select"]
+__all__ = ["capacity", "live", "pack", "select"]
 
 
 def capacity(policy: Policy, num_heads: int, length: int, sliding_window: int | None, padded: bool) -> int:
@@ -52,8 +52,19 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions and offsets of what is kept; see :mod:`adakv_compile.kernels.select.op`."""
     check_shape("select", "scores", scores, (None, None, None))
-    batch, num_heads, length = scores.shape
+    num_heads, length = scores.shape[1:]
     rules = Policy.decode(policy)
+    keep = select_entries(rules, scores, live(scores, padding, sliding_window))
+    return pack(keep, capacity(rules, num_heads, length, sliding_window, padding is not None))
+
+
+def live(scores: torch.Tensor, padding: torch.Tensor | None, sliding_window: int | None) -> torch.Tensor | None:
+    """Return which entries are there to be kept, bool ``[B or 1, 1, L]``, or None if all are.
+
+    Raises:
+        ValueError: The padding's shape or dtype is not that of the scores' entries.
+    """
+    batch, _, length = scores.shape
     valid = None
     if padding is not None:
         if padding.dtype != torch.bool:
@@ -61,7 +72,6 @@ def select(
         check_shape("select", "padding", padding, (None if padding.shape[0] == 1 else batch, length))
         valid = padding.expand(batch, length)[:, None]
     if sliding_window is not None and length >= sliding_window:
-        live = torch.arange(length, device=scores.device) > length - sliding_window
-        valid = live.expand(batch, 1, length) if valid is None else valid & live
-    keep = select_entries(rules, scores, valid)
-    return pack(keep, capacity(rules, num_heads, length, sliding_window, padding is not None))
+        reached = torch.arange(length, device=scores.device) > length - sliding_window
+        valid = reached.expand(batch, 1, length) if valid is None else valid & reached
+    return valid
