@@ -25,8 +25,8 @@ class Described:
 
 PARTS: Final = {
     "profile": Described("profile", "Where the time of a decode step goes", 70),
-    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 50),
-    "step": Described("step", "A decode step behind a long prompt, budget 512", 150),
+    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 75),
+    "step": Described("step", "A decode step behind a long prompt, budget 512", 140),
     "short": Described("short", "Prompts that fit into the budget", 80),
     "guards": Described("guards", "Guards and call boundary", 60),
     "prefill": Described("prefill", "Prompts", 140),

@@ -33,7 +33,7 @@ class Plot:
 
 
 PLOTS: Final = {
-    "op": Plot("Attention operator over a copy of the same bytes", "entries of a KV head, mean", "times a copy", "x"),
+    "op": Plot("Attention operator over a copy of the same bytes", "entries of a layer's row", "times a copy", "x"),
     "context": Plot("Decode step against the context", "tokens of the text", "ms", "x"),
     "growth": Plot("Decode step against the length of the tail", "tokens generated", "ms"),
     "compile": Plot("Stages of a compilation", "layers", "seconds"),

@@ -26,7 +26,8 @@ def markdown(rows: Sequence[Row], plots: Sequence[tuple[str, str]] = ()) -> str:
     figures = [row for row in rows if row["kind"] == "figure"]
     sections = [
         f"# CPU results ({SMOKE})" if machine.get("smoke") else "# CPU results",
-        f"`python -m benchmarks.cpu`; {', '.join(facts)}. Random weights, float32, batch 1. Figures are medians, "
+        f"`python -m benchmarks.cpu`; {', '.join(facts)}. Random weights, float32 and batch 1 where nothing else "
+        "is said. Figures are medians, "
         "ratios of the medians of each round of runs that took turns in one process.",
         section("Targets", _figures([row for row in figures if "target" in row], with_part=True)),
         *(section(PARTS[part].title, _figures([row for row in figures if row["part"] == part])) for part in PARTS),

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.cpu import against, caches
 from benchmarks.cpu.__main__ import Wanted, main, measure
+from benchmarks.cpu.decode_op import Case, sealed
 from benchmarks.cpu.decoders import TINY, build
 from benchmarks.cpu.memory import bytes_of
 from benchmarks.cpu.parts import OPTIONAL, PARTS
@@ -142,6 +144,18 @@ def test_a_filled_cache_is_one_that_a_prompt_could_have_left(tail: int) -> None:
             assert len(positions) == lengths[head]
     if not tail:
         assert sum(layer.keys.store.nbytes_held for layer in cache.layers) == bytes_of(TINY, 48, 0)
+
+
+def test_the_operator_works_on_what_its_case_says() -> None:
+    case = Case(8, 4, 16, torch.bfloat16, 3, 2, ())
+    store = sealed(case, 80)
+    assert store.keys.shape == store.values.shape == (3, 80, 16)
+    assert store.dtype == torch.bfloat16
+    lengths = store.offsets.diff(dim=1)
+    assert [row.argmax().item() for row in lengths] == [0, 1, 2]
+    assert lengths.amax(1).tolist() == [case.skew * 20] * 3
+    assert lengths.sum(1).tolist() == [80] * 3
+    assert (store.tail_length, store.length) == (1, 41)
 
 
 def test_smoke(tmp_path: Path) -> None:
