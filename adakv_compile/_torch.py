@@ -330,7 +330,7 @@ def load_cpp(source: str) -> ctypes.CDLL:
     """Build a C++ library with Inductor's compiler, flags and disk cache, or load it from there.
 
     Args:
-        source: All of it; includes nothing of PyTorch.
+        source: All of it. PyTorch's headers are found; they take long.
 
     Raises:
         Exception: There is no compiler, or it fails.

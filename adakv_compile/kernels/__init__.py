@@ -2,7 +2,8 @@
 
 One folder per op: ``op.py`` is the contract (schema, fake kernel, table), ``reference.py`` the implementation in plain
 PyTorch, which runs on any device and is what faster kernels are tested against; ``gpu.py`` launches the Triton kernels
-of ``triton.py`` with the constants of ``tuning.py``, ``cpu.py`` is for CPUs, ``native.cpp`` its kernel in C++.
+of ``triton.py`` with the constants of ``tuning.py``, ``cpu.py`` is for CPUs, ``native.cpp`` its kernel in C++,
+``entry.cpp`` the dispatcher's way to it.
 """
 
 from __future__ import annotations
@@ -76,4 +77,4 @@ def build_ahead(kernels: Kernels, device: torch.device) -> None:
         device: Where they will run.
     """
     if kernels == "auto" and device.type == "cpu":
-        native.start()
+        native.build_ahead()

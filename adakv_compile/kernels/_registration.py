@@ -41,6 +41,8 @@ class OpSpec:
             import and need not be installed. It never waits for the device either. None: there is none.
         subject: What of a call's arguments decides whether Triton serves it; given together with ``triton``.
         cpu: Implementation for the CPU where reading a length costs nothing. None: the portable one.
+        native: Whether C++ may take the CPU over from ``cpu``, which is the overload of that name then, for C++ to call
+            where it doesn't serve the arguments.
     """
 
     schema: str
@@ -49,6 +51,7 @@ class OpSpec:
     triton: str | None = None
     subject: Callable[..., Subject] | None = None
     cpu: Callable[..., Any] | None = None
+    native: bool = False
 
     @property
     def name(self) -> str:
@@ -79,6 +82,11 @@ class OpSpec:
         """Call the Triton implementation, or the portable one where Triton does not serve the arguments."""
         return self.portable(*args) if self._why_not(args) else self._implementation()(*args)
 
+    def run_without_native(self, *args: Any) -> Any:
+        """Call what goes by the device as long as no implementation in C++ does."""
+        run = self.portable if self.cpu is None or args[0].device.type != "cpu" else self.cpu
+        return run(*args)
+
     def _why_not(self, args: tuple[Any, ...]) -> str | None:
         assert self.subject is not None  # it is given together with the kernel, without which nothing asks
         return why_unsupported(self.subject(*args))
@@ -91,9 +99,14 @@ class OpSpec:
 
 def register(spec: OpSpec) -> None:
     """Define an op and its implementations."""
-    _define(spec, "", spec.portable)
-    if spec.cpu is not None:
-        LIBRARY.impl(spec.name, spec.cpu, "CPU")
+    if spec.native and spec.cpu is not None:
+        # The CPU's own place in the dispatcher's table is left free.
+        _define(spec, "", spec.run_without_native)
+        _define(spec, ".cpu", spec.cpu)
+    else:
+        _define(spec, "", spec.portable)
+        if spec.cpu is not None:
+            LIBRARY.impl(spec.name, spec.cpu, "CPU")
     if spec.triton is not None:
         LIBRARY.impl(spec.name, spec.run_on_cuda, "CUDA")
         _define(spec, ".portable", spec.portable)

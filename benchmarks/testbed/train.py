@@ -131,6 +131,7 @@ def train(
     out: Path,
     peak_rate: float = 1.5e-3,
     save_every: float = 120.0,
+    first_length: int = STAGES[0].length,
 ) -> Progress:
     """Train ``network`` in place; weights, state and log are written to ``out`` along the way.
 
@@ -142,6 +143,7 @@ def train(
         out: Folder for the checkpoint, the state of the optimiser and ``log.jsonl``.
         peak_rate: Learning rate before the decay.
         save_every: Seconds between checkpoints.
+        first_length: Length of the stage to begin with, which is the first for weights that know nothing yet.
 
     Returns:
         What was done.
@@ -153,7 +155,7 @@ def train(
         {"params": vectors, "weight_decay": 0.0},
     ]
     optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=(0.9, 0.98))
-    progress = Progress()
+    progress = Progress(stage=[stage.length for stage in STAGES].index(first_length))
     state_file = out / "state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -223,17 +225,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="folder of an earlier training's weights to begin with")
+    parser.add_argument(
+        "--first-length", type=int, default=STAGES[0].length, choices=[stage.length for stage in STAGES]
+    )
     options = parser.parse_args(arguments)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    kept = options.out / "checkpoint"
+    kept = options.out / "checkpoint" if (options.out / "checkpoint").exists() else options.start
     # The words may change with the generators; a run that goes on keeps the vocabulary that it began with.
-    tokenizer = AutoTokenizer.from_pretrained(kept) if kept.exists() else pieces.build(model.MAX_LENGTH)
-    network = model.build(len(tokenizer))
-    model.warm_start(network, tokenizer, options.seed)
-    train(network, tokenizer, minutes=options.minutes, seed=options.seed, out=options.out, peak_rate=options.rate)
+    tokenizer: Any = AutoTokenizer.from_pretrained(kept) if kept else pieces.build(model.MAX_LENGTH)
+    if options.start:
+        network = LlamaForCausalLM.from_pretrained(options.start)
+    else:
+        network = model.build(len(tokenizer))
+        model.warm_start(network, tokenizer, options.seed)
+    train(
+        network,
+        tokenizer,
+        minutes=options.minutes,
+        seed=options.seed,
+        out=options.out,
+        peak_rate=options.rate,
+        first_length=options.first_length,
+    )
 
 
 if __name__ == "__main__":

@@ -181,18 +181,41 @@ def test_a_full_tail_is_refused_and_nothing_is_written(served: mock.Mock) -> Non
     assert served.call_count == 1
 
 
+@pytest.fixture
+def _built_again() -> Iterator[None]:
+    for cached in (native.building, native.kernel):
+        cached.cache_clear()
+    yield
+    for cached in (native.building, native.kernel):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("_built_again")
 def test_without_a_compiler_the_operators_serve_and_the_log_says_why(caplog_of: list[str]) -> None:
     broken = mock.Mock(side_effect=RuntimeError("no C++ compiler\nlong output"))
-    native.start.cache_clear()
-    try:
-        with mock.patch.object(_torch, "load_cpp", broken):
-            agrees(large())
-            agrees(large())
-    finally:
-        native.start.cache_clear()
-    assert broken.call_count == 1, "what failed once is not tried at every step"
+    with mock.patch.object(_torch, "load_cpp", broken):
+        agrees(large())
+        agrees(large())
+        assert native.building()[1].result() is None
+    assert broken.call_count == 1, "what failed once is not tried at every step, and the entry is nothing without it"
     assert len(caplog_of) == 1
-    assert "PyTorch's operators serve: no C++ compiler" in caplog_of[0]
+    assert "native.cpp can't be built, PyTorch's operators serve: no C++ compiler" in caplog_of[0]
+
+
+@pytest.mark.usefixtures("_built_again")
+def test_without_its_entry_the_kernel_is_called_by_python(caplog_of: list[str]) -> None:
+    load = _torch.load_cpp
+
+    def without_headers(source: str) -> Any:
+        if "torch/library.h" in source:
+            raise RuntimeError("no such file")
+        return load(source)
+
+    with mock.patch.object(_torch, "load_cpp", without_headers):
+        assert native.building()[1].result() is None
+        native.take_over()
+        agrees(large())
+    assert "entry.cpp can't be built, Python calls the kernel at every step: no such file" in caplog_of[0]
 
 
 @pytest.fixture

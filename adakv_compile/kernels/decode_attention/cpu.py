@@ -47,6 +47,7 @@ def decode_attention_cpu(
 ) -> torch.Tensor:
     """Append and attend; see :mod:`adakv_compile.kernels.decode_attention.op`."""
     if query.shape[2] == 1:
+        native.take_over()
         found = _decode_natively(
             *(query, key_new, value_new, keys, values, offsets, positions, tail_keys, tail_values, cursor),
             *(mask, padding, sinks, scale, sliding_window, softcap),

@@ -1,4 +1,8 @@
-"""The C++ kernel of decode attention on CPUs: built once a machine in the background, called with plain numbers."""
+"""The C++ kernel of decode attention on CPUs: built once a machine in the background, called with plain numbers.
+
+It is called from here until its entry is built as well, by which PyTorch's dispatcher calls it without Python; the
+entry includes PyTorch's headers, so that it takes several times as long to build. Both compute the same bits.
+"""
 
 from __future__ import annotations
 
@@ -7,56 +11,79 @@ import functools
 import logging
 import math
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from adakv_compile import _torch
 
-__all__ = ["decode", "kernel", "start"]
+__all__ = ["build_ahead", "building", "decode", "kernel", "take_over"]
 
 log = logging.getLogger(__name__)
 
-_SOURCE: Final = Path(__file__).with_name("native.cpp")
+_KERNEL: Final = Path(__file__).with_name("native.cpp")
+_ENTRY: Final = Path(__file__).with_name("entry.cpp")
 _DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_ROOM: Final = 1
 # What comes of a compiler that is missing or fails, of a linker, a file system, a lock, another version of Inductor.
 _FAILURES: Final = (RuntimeError, OSError, subprocess.SubprocessError, ImportError, AttributeError, TypeError)
-_Kernel = Callable[..., int]
+_Kernel = Any
 _Numbers = ctypes.c_int64 * 19
 _Factors = ctypes.c_double * 2
 _Pointers = ctypes.c_void_p * 14
 
 
 @functools.cache
-def start() -> Future[_Kernel | None]:
-    """Begin to build the kernel, or to load it where it was built before, without waiting for it.
+def building() -> tuple[Future[ctypes.CDLL | None], Future[ctypes.CDLL | None]]:
+    """Begin to build the kernel and then its entry, or to load them where they were built before.
 
     Returns:
-        What will be the kernel, or None where it can't be built: without a C++ compiler, say.
+        What will be the libraries; None for one that can't be built.
     """
     worker = ThreadPoolExecutor(1, thread_name_prefix="adakv-native")
-    building = worker.submit(_build)
+    found = worker.submit(_build, _KERNEL, "PyTorch's operators serve")
+    entry = worker.submit(lambda: found.result() and _build(_ENTRY, "Python calls the kernel at every step"))
     worker.shutdown(wait=False)
-    return building
+    return found, entry
 
 
+def build_ahead() -> None:
+    """Begin to build the kernel without waiting for it."""
+    building()
+
+
+@functools.cache
 def kernel() -> _Kernel | None:
-    """Return the kernel as soon as it is built; None where it can't be."""
-    return start().result()
+    """Return the kernel as soon as it is built; None where it can't be: without a C++ compiler, say."""
+    library = building()[0].result()
+    return None if library is None else library.adakv_decode_attention
 
 
-def _build() -> _Kernel | None:
+def take_over() -> None:
+    """Let PyTorch's dispatcher call the kernel itself from now on, if all of it is built by now.
+
+    It is left to whoever calls the op, as the dispatcher's tables are not to be changed beside a call.
+    """
+    if all(part.done() for part in building()):
+        _register()
+
+
+@functools.cache
+def _register() -> None:
+    entry, found = building()[1].result(), kernel()
+    if entry is not None and found is not None:
+        entry.adakv_register(ctypes.cast(found, ctypes.c_void_p))
+
+
+def _build(source: Path, otherwise: str) -> ctypes.CDLL | None:
     try:
-        found: _Kernel = _torch.load_cpp(_SOURCE.read_text()).adakv_decode_attention
+        return _torch.load_cpp(source.read_text())
     except _FAILURES as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        log.warning("the C++ kernel of decode attention can't be built, PyTorch's operators serve: %s", first)
+        log.warning("decode attention's %s can't be built, %s: %s", source.name, otherwise, first)
         return None
-    return found
 
 
 def decode(

@@ -83,6 +83,7 @@ SPEC = OpSpec(
     ),
     portable=decode_attention,
     cpu=decode_attention_cpu,
+    native=True,
     fake=_fake,
     triton="adakv_compile.kernels.decode_attention.gpu:decode_attention",
     subject=_subject,
