@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -35,6 +35,8 @@ _VALUES: Final[tuple[tuple[niah.Kind, float], ...]] = (("numbers", 0.62), ("word
 #: Of the documents with identifiers as values, those that have them as keys, too.
 _IDENTIFIER_KEYS: Final = 0.25
 _SEVERAL_VALUES: Final = 0.15
+#: Of the keys of a document of several, those that share a word with another: what models take for one another.
+_NEAR_KEYS: Final = 0.3
 #: Tokens of an identifier, about: documents without room for some get numbers.
 _LONG_VALUE: Final = 256
 
@@ -99,7 +101,20 @@ class Corpus:
             drawn = niah.draw(self.random, kind, key, keys, values)
             known = {group[0].key for group in groups}
             groups += [g for g in drawn if g[0].key not in known and (key == "uuids" or not held_out(g[0].key))]
-        return groups[:keys]
+        return groups[:keys] if key == "uuids" else self._brought_near(groups[:keys])
+
+    def _brought_near(self, groups: list[list[niah.Needle]]) -> list[list[niah.Needle]]:
+        """Exchange a word of some keys for that of the key before."""
+        known = {group[0].key for group in groups}
+        for at in range(1, len(groups)):
+            if self.random.random() >= _NEAR_KEYS:
+                continue
+            own, other = (groups[i][0].key.partition("-") for i in (at, at - 1))
+            near = f"{own[0]}-{other[2]}" if self.random.random() < 0.5 else f"{other[0]}-{own[2]}"
+            if near not in known and not held_out(near):
+                known.add(near)
+                groups[at] = [replace(needle, key=near) for needle in groups[at]]
+        return groups
 
     def _turn(self, groups: Sequence[Sequence[niah.Needle]]) -> list[str]:
         """Return the texts before the answer and the answer: key after key, values from the end of the text on.

@@ -35,7 +35,6 @@ _LM_WEIGHT: Final = 0.1
 #: Weight of the tokens that decide what an answer says: the first of a value, and what follows one. The rest copies.
 _DECISIVE_WEIGHT: Final = 3.0
 _WARMUP_STEPS: Final = 50
-_DECAY_SHARE: Final = 0.3
 _FINAL_RATE: Final = 0.03
 _SHORT_SHARE: Final = 0.2
 _LEARNED: Final = 0.97
@@ -93,9 +92,9 @@ class Progress:
             self.means[name] = old + _MEMORY * (value - old)
 
 
-def _rate(share: float, step: int) -> float:
-    """Return the learning-rate factor: warm-up, flat, linear decay."""
-    return min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FINAL_RATE, min(1.0, (1.0 - share) / _DECAY_SHARE))
+def _rate(share: float, step: int, decay: float) -> float:
+    """Return the learning-rate factor: warm-up, flat, linear decay over the last ``decay`` of the time."""
+    return min(1.0, (step + 1) / _WARMUP_STEPS) * max(_FINAL_RATE, min(1.0, (1.0 - share) / decay))
 
 
 def _losses(
@@ -132,6 +131,7 @@ def train(
     peak_rate: float = 1.5e-3,
     save_every: float = 120.0,
     first_length: int = STAGES[0].length,
+    decay: float = 0.3,
 ) -> Progress:
     """Train ``network`` in place; weights, state and log are written to ``out`` along the way.
 
@@ -144,6 +144,7 @@ def train(
         peak_rate: Learning rate before the decay.
         save_every: Seconds between checkpoints.
         first_length: Length of the stage to begin with, which is the first for weights that know nothing yet.
+        decay: Share of the time over which the learning rate falls.
 
     Returns:
         What was done.
@@ -192,7 +193,7 @@ def train(
             earlier = STAGES[corpus.random.randrange(progress.stage + 1)]
             length, rows = earlier.length, earlier.rows
         for group in optimiser.param_groups:
-            group["lr"] = peak_rate * _rate(share, progress.step)
+            group["lr"] = peak_rate * _rate(share, progress.step, decay)
         ids, answers = corpus.batch(length, rows)
         total, loss, right = _losses(network, torch.from_numpy(ids), torch.from_numpy(answers), before_decisions)
         total.backward()
@@ -226,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="folder of an earlier training's weights to begin with")
+    parser.add_argument("--decay", type=float, default=0.3, help="share of the time over which the rate falls")
     parser.add_argument(
         "--first-length", type=int, default=STAGES[0].length, choices=[stage.length for stage in STAGES]
     )
@@ -250,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out=options.out,
         peak_rate=options.rate,
         first_length=options.first_length,
+        decay=options.decay,
     )
 
 
