@@ -34,7 +34,8 @@ bool is_stored(const Tensor& t, at::ScalarType dtype, std::initializer_list<int6
 
 // Whether `padding` is given for all of the text and hides none of it.
 bool hides_nothing(const Tensor& padding, int64_t batch, int64_t length) {
-  if (!padding.is_cpu() || padding.scalar_type() != at::kBool || padding.dim() != 2 || !padding.is_contiguous()) return false;
+  if (!padding.is_cpu() || padding.scalar_type() != at::kBool || padding.dim() != 2 || !padding.is_contiguous())
+    return false;
   if ((padding.size(0) != 1 && padding.size(0) != batch) || padding.size(1) < length) return false;
   const bool* real = padding.const_data_ptr<bool>();
   return std::find(real, real + padding.numel(), false) == real + padding.numel();
