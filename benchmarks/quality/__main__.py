@@ -1,7 +1,8 @@
 """What eviction costs, on three trainings of the test bed: ``python -m benchmarks.quality``.
 
 Answers go to ``--out``, a folder for each part, as `adakv eval` leaves them; a run that was stopped goes on with the
-same command. The page and the pictures go to ``--results``.
+same command. The page and the pictures go to ``--results``. Parts that are not asked can be taken ``--from`` the table
+of an earlier run on the same weights, to compare with.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from adakv_compile.evaluation.records import Record, Records
 from adakv_compile.evaluation.runner import Plan, run
 from benchmarks.machine import describe
-from benchmarks.quality import samples
+from benchmarks.quality import earlier, samples
 from benchmarks.quality.models import Trained, folders
-from benchmarks.quality.parts import PARTS, Part
+from benchmarks.quality.parts import MAIN, PARTS, Part
 from benchmarks.quality.report import write
 from benchmarks.testbed.model import WEIGHTS
 
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inner", default="eager", help="compiler of the rewritten graphs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/quality"))
+    parser.add_argument("--from", type=Path, dest="earlier", metavar="TABLE", help="an earlier quality.csv.gz")
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     given = parser.parse_args(arguments)
 
@@ -69,7 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         part = PARTS[name]
         plan = Plan(part.settings, part.protocols, questions, {"inner": given.inner, **part.options}, batch=given.batch)
         found[name] = _answered(part, plan, trained, given.out / name, shared)
-    write({"trainings": len(where), "batch": given.batch, **_told(shared), **describe()}, found, given.results)
+    facts = {"trainings": len(where), "batch": given.batch, **_told(shared)}
+    if given.earlier:
+        try:
+            taken = {name: some for name, some in earlier.read(given.earlier).items() if name not in found}
+            now = [record for records in found.values() for record in records]
+            earlier.check_questions(taken.get(MAIN.name, []), now)
+        except (OSError, ValueError) as error:
+            parser.error(f"--from: {error}")
+        facts["parts of an earlier run"] = " ".join(taken)
+        found = {name: both[name] for name in PARTS if name in (both := taken | found)}
+    write({**facts, **describe()}, found, given.results)
 
 
 def _answered(part: Part, plan: Plan, trained: Trained, out: Path, shared: Mapping[str, Any]) -> list[Record]:

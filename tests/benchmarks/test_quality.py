@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from adakv_compile.evaluation import ruler
-from benchmarks.quality import samples
+from benchmarks.quality import earlier, samples
 from benchmarks.quality.compare import answered, by_setting, difference, mean, verdict
 from benchmarks.quality.models import Trained, folders
 from benchmarks.quality.parts import BUDGETS, MAIN, PARTS
@@ -153,3 +153,21 @@ def test_the_theory_reads_what_the_test_bed_was_taught_to_answer(task: str) -> N
     assert tokenizer.decode(prompt.question).endswith("provided text are" if "query" in task else "provided text is")
     with pytest.raises(ValueError, match="asks for 1 keys and has 4 answers"):
         of_sample(next(ruler.samples("niah_multivalue", tokenizer, 512, 1, 0)), tokenizer)
+
+
+def test_an_earlier_table_says_what_its_records_said(tmp_path: Path) -> None:
+    records = [
+        record("full", None, 1.0),
+        record("snapkv", 40, 0.5, protocol=AGNOSTIC, seed=2, index=3),
+        record("snapkv", 40, None, index=4, kept=None),
+    ]
+    write({}, {"main": records, "gqa=max": records[1:]}, tmp_path)
+    assert earlier.read(tmp_path / "quality.csv.gz") == {"main": records, "gqa=max": records[1:]}
+
+
+def test_an_earlier_run_with_other_questions_is_no_base() -> None:
+    base = [record("full", None, 1.0, index=index, prompt_sha256=str(index)) for index in range(3)]
+    earlier.check_questions(base, [record("snapkv", 40, 0.0, index=1, prompt_sha256="1")])
+    for other in ({"index": 1, "prompt_sha256": "2"}, {"index": 3, "prompt_sha256": "3"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="in these words"):
+            earlier.check_questions(base, [record("snapkv", 40, 0.0, **{"prompt_sha256": "0", **other})])
