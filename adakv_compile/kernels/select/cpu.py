@@ -21,12 +21,14 @@ def select_cpu(
     if not keeps_all(rules, length):
         return select(scores, padding, sliding_window, policy)
     slots = capacity(rules, num_heads, length, sliding_window, padding is not None)
-    valid = live(scores, padding, sliding_window)
-    if valid is not None and not bool(valid.all()):
-        return pack(valid.expand(batch, num_heads, length), slots)
-    positions = torch.zeros((batch, slots), dtype=torch.int32)
-    if length:
-        kept = positions[:, : num_heads * length].unflatten(1, (num_heads, length))
-        kept.copy_(torch.arange(length, dtype=torch.int32))
-    offsets = torch.arange(num_heads + 1, dtype=torch.int32).mul_(length).expand(batch, -1).contiguous()
-    return positions, offsets
+    valid = None if padding is None and sliding_window is None else live(scores, padding, sliding_window)
+    count = num_heads * length
+    if slots != count or (valid is not None and not bool(valid.all())):
+        everything = scores.new_ones((1, 1, length), dtype=torch.bool) if valid is None else valid
+        return pack(everything.expand(batch, num_heads, length), slots)
+    # Few operators: what a short prompt costs is the calls of each layer.
+    positions = torch.arange(count, dtype=torch.int32).remainder_(length)
+    offsets = torch.arange(0, count + 1, length, dtype=torch.int32)
+    if batch == 1:
+        return positions[None], offsets[None]
+    return positions.repeat(batch, 1), offsets.repeat(batch, 1)
