@@ -23,7 +23,7 @@ def run(run: Run) -> None:
     cold: dict[str, list[dict[str, Any]]] = {"adakv": [], "inductor": []}
     warm: dict[str, list[dict[str, Any]]] = {"adakv": [], "inductor": []}
     for number in range(1 if run.smoke else 3):
-        if number and not run.has_time(f"round {number + 1} of compilations", 90):
+        if number and not run.has_time(f"round {number + 1} of compilations", 150):
             break
         for backend in ("adakv", "inductor") if number % 2 == 0 else ("inductor", "adakv"):
             with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def _curve(run: Run) -> None:
     list(curve.rows((2,)))  # what is imported and set up once
     seen: list[dict[str, Any]] = []
     for layers in (2, 3) if run.smoke else curve.LAYERS:
-        if not run.has_time(f"curve at {layers} layers", 0 if run.smoke else layers / 3):
+        if not run.has_time(f"curve at {layers} layers", 0 if run.smoke else layers / 2):
             break
         for row in curve.rows((layers,)):
             seen.append(row)

@@ -17,7 +17,7 @@ from benchmarks.cpu.decoders import build, many_layers
 
 __all__ = ["LAYERS", "STAGES", "rows"]
 
-LAYERS: Final = (4, 8, 16, 32, 64, 80)
+LAYERS: Final = (4, 8, 16, 32, 80)
 STAGES: Final = ("capture", "analyse", "rewrite")
 
 

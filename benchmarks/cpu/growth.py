@@ -28,6 +28,10 @@ def run(run: Run) -> None:
     plain = compiled(twin(model), "inductor")
     ours = compiled(model, "adakv", budget=budget)
 
+    run.note(
+        "growth: generated tokens are kept and attended to. At token 4,000 a step reads 94 MiB more than at token 1, "
+        "beside 350 MB of weights; the dense cache's step with as many entries has the same to read and copies it, too."
+    )
     prompt = 128 if run.smoke else 16_384
     tails = (1, 8, 32) if run.smoke else (1, 500, 1000, 2000, 4000)
     mine = {str(tail): stepper(ours, caches.compressed(model, shape, prompt + tail, budget, tail)) for tail in tails}
@@ -74,7 +78,8 @@ def _doublings(run: Run, model: Callable[..., Any], cache: Any) -> None:
     mean, median = statistics.fmean(seconds[4:]), statistics.median(seconds[4:])
     run.figure(f"{tokens} tokens from an empty tail: mean step over the median one", "x", mean / median, "itself")
     over = copied / store.tail_length
-    run.figure(f"{tokens} tokens: entries copied by doublings over entries appended", "x", over, target=at_most(1.0))
+    # Doubling copies 64 + 128 + ... entries: less than twice as many as there are, right behind the last one.
+    run.figure(f"{tokens} tokens: entries copied by doublings over entries appended", "x", over, target=at_most(2.0))
 
 
 def _contexts(run: Run, contexts: Sequence[int], times: dict[str, Rounds]) -> None:

@@ -24,15 +24,15 @@ class Described:
 
 
 PARTS: Final = {
-    "profile": Described("profile", "Where the time of a decode step goes", 70),
-    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 75),
+    "profile": Described("profile", "Where the time of a decode step goes", 60),
+    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 65),
     "step": Described("step", "A decode step behind a long prompt, budget 512", 140),
-    "short": Described("short", "Prompts that fit into the budget", 80),
-    "guards": Described("guards", "Guards and call boundary", 60),
-    "prefill": Described("prefill", "Prompts", 140),
-    "compile": Described("compilation", "Compilation", 150),
-    "growth": Described("growth", "The cost of a token late in a text", 110),
-    "memory": Described("memory", "Memory held", 60),
+    "short": Described("short", "Prompts that fit into the budget", 90),
+    "guards": Described("guards", "Guards and call boundary", 45),
+    "prefill": Described("prefill", "Prompts", 170),
+    "compile": Described("compilation", "Compilation", 160),
+    "growth": Described("growth", "The cost of a token late in a text", 65),
+    "memory": Described("memory", "Memory held", 65),
     "peers": Described("peers", "A decode step against kvpress", 600),
 }
 OPTIONAL: Final = ("peers",)
