@@ -158,11 +158,12 @@ def test_the_theory_reads_what_the_test_bed_was_taught_to_answer(task: str) -> N
 def test_an_earlier_table_says_what_its_records_said(tmp_path: Path) -> None:
     records = [
         record("full", None, 1.0),
+        record("snapkv", 40, 1.0),
         record("snapkv", 40, 0.5, protocol=AGNOSTIC, seed=2, index=3),
         record("snapkv", 40, None, index=4, kept=None),
     ]
-    write({}, {"main": records, "gqa=max": records[1:]}, tmp_path)
-    assert earlier.read(tmp_path / "quality.csv.gz") == {"main": records, "gqa=max": records[1:]}
+    write({}, {"main": records, "gqa=max": records[2:]}, tmp_path)
+    assert earlier.read(tmp_path / "quality.csv.gz") == {"main": records, "gqa=max": records[2:]}
 
 
 def test_an_earlier_run_with_other_questions_is_no_base() -> None:
