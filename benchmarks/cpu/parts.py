@@ -24,15 +24,15 @@ class Described:
 
 
 PARTS: Final = {
-    "profile": Described("profile", "Where the time of a decode step goes", 60),
-    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 65),
-    "step": Described("step", "A decode step behind a long prompt, budget 512", 140),
-    "short": Described("short", "Prompts that fit into the budget", 90),
-    "guards": Described("guards", "Guards and call boundary", 45),
-    "prefill": Described("prefill", "Prompts", 170),
-    "compile": Described("compilation", "Compilation", 160),
-    "growth": Described("growth", "The cost of a token late in a text", 65),
-    "memory": Described("memory", "Memory held", 65),
+    "profile": Described("profile", "Where the time of a decode step goes", 45),
+    "decode_op": Described("decode_op", "The attention operator of a step, one layer", 55),
+    "step": Described("step", "A decode step behind a long prompt, budget 512", 130),
+    "short": Described("short", "Prompts that fit into the budget", 85),
+    "guards": Described("guards", "Guards and call boundary", 40),
+    "prefill": Described("prefill", "Prompts", 165),
+    "compile": Described("compilation", "Compilation", 235),
+    "growth": Described("growth", "The cost of a token late in a text", 60),
+    "memory": Described("memory", "Memory held", 60),
     "peers": Described("peers", "A decode step against kvpress", 600),
 }
 OPTIONAL: Final = ("peers",)
