@@ -183,10 +183,10 @@ def test_a_full_tail_is_refused_and_nothing_is_written(served: mock.Mock) -> Non
 
 @pytest.fixture
 def _built_again() -> Iterator[None]:
-    for cached in (native.building, native.kernel):
+    for cached in (native.building, native.building_entry, native.kernel):
         cached.cache_clear()
     yield
-    for cached in (native.building, native.kernel):
+    for cached in (native.building, native.building_entry, native.kernel):
         cached.cache_clear()
 
 
@@ -196,7 +196,6 @@ def test_without_a_compiler_the_operators_serve_and_the_log_says_why(caplog_of: 
     with mock.patch.object(_torch, "load_cpp", broken):
         agrees(large())
         agrees(large())
-        assert native.building()[1].result() is None
     assert broken.call_count == 1, "what failed once is not tried at every step, and the entry is nothing without it"
     assert len(caplog_of) == 1
     assert "native.cpp can't be built, PyTorch's operators serve: no C++ compiler" in caplog_of[0]
@@ -212,7 +211,7 @@ def test_without_its_entry_the_kernel_is_called_by_python(caplog_of: list[str]) 
         return load(source)
 
     with mock.patch.object(_torch, "load_cpp", without_headers):
-        assert native.building()[1].result() is None
+        assert native.building_entry().result() is None
         native.take_over()
         agrees(large())
     assert "entry.cpp can't be built, Python calls the kernel at every step: no such file" in caplog_of[0]

@@ -11,15 +11,16 @@ import functools
 import logging
 import math
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 import torch
 
 from adakv_compile import _torch
 
-__all__ = ["build_ahead", "building", "decode", "kernel", "take_over"]
+__all__ = ["build_ahead", "building_entry", "decode", "kernel", "take_over"]
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +37,19 @@ _Pointers = ctypes.c_void_p * 14
 
 
 @functools.cache
-def building() -> tuple[Future[ctypes.CDLL | None], Future[ctypes.CDLL | None]]:
-    """Begin to build the kernel and then its entry, or to load them where they were built before.
+def building() -> Future[ctypes.CDLL | None]:
+    """Begin to build the kernel, or to load it where it was built before.
 
     Returns:
-        What will be the libraries; None for one that can't be built.
+        What will be the library; None if it can't be built.
     """
-    worker = ThreadPoolExecutor(1, thread_name_prefix="adakv-native")
-    found = worker.submit(_build, _KERNEL, "PyTorch's operators serve")
-    entry = worker.submit(lambda: found.result() and _build(_ENTRY, "Python calls the kernel at every step"))
-    worker.shutdown(wait=False)
-    return found, entry
+    return _begin(_KERNEL, "PyTorch's operators serve")
+
+
+@functools.cache
+def building_entry() -> Future[ctypes.CDLL | None]:
+    """Begin to build the kernel's entry, or to load it; as :func:`building`."""
+    return _begin(_ENTRY, "Python calls the kernel at every step")
 
 
 def build_ahead() -> None:
@@ -57,24 +60,39 @@ def build_ahead() -> None:
 @functools.cache
 def kernel() -> _Kernel | None:
     """Return the kernel as soon as it is built; None where it can't be: without a C++ compiler, say."""
-    library = building()[0].result()
+    library = building().result()
     return None if library is None else library.adakv_decode_attention
 
 
 def take_over() -> None:
-    """Let PyTorch's dispatcher call the kernel itself from now on, if all of it is built by now.
+    """Let PyTorch's dispatcher call the kernel itself from now on, if its entry is built by now.
 
-    It is left to whoever calls the op, as the dispatcher's tables are not to be changed beside a call.
+    The entry is not begun before the first step is there: until then the compiler has the model's graphs to compile.
+    Registering is left to whoever calls the op, as the dispatcher's tables are not to be changed beside a call.
     """
-    if all(part.done() for part in building()):
+    if kernel() is not None and building_entry().done():
         _register()
 
 
 @functools.cache
 def _register() -> None:
-    entry, found = building()[1].result(), kernel()
-    if entry is not None and found is not None:
-        entry.adakv_register(ctypes.cast(found, ctypes.c_void_p))
+    entry = building_entry().result()
+    if entry is not None:
+        entry.adakv_register(ctypes.cast(kernel(), ctypes.c_void_p))
+
+
+def _begin(source: Path, otherwise: str) -> Future[ctypes.CDLL | None]:
+    found: Future[ctypes.CDLL | None] = Future()
+
+    def build() -> None:
+        try:
+            found.set_result(_build(source, otherwise))
+        except BaseException as error:  # whoever waits for it is told
+            found.set_exception(error)
+
+    # A program that ends meanwhile does not wait for the compiler.
+    Thread(target=build, name="adakv-native", daemon=True).start()
+    return found
 
 
 def _build(source: Path, otherwise: str) -> ctypes.CDLL | None:
