@@ -76,9 +76,9 @@ def take_over() -> None:
 
 @functools.cache
 def _register() -> None:
-    entry = building_entry().result()
-    if entry is not None:
-        entry.adakv_register(ctypes.cast(kernel(), ctypes.c_void_p))
+    entry, found = building_entry().result(), kernel()
+    if entry is not None and found is not None:
+        entry.adakv_register(ctypes.cast(found, ctypes.c_void_p))
 
 
 def _begin(source: Path, otherwise: str) -> Future[ctypes.CDLL | None]:
@@ -87,7 +87,7 @@ def _begin(source: Path, otherwise: str) -> Future[ctypes.CDLL | None]:
     def build() -> None:
         try:
             found.set_result(_build(source, otherwise))
-        except BaseException as error:  # whoever waits for it is told
+        except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
             found.set_exception(error)
 
     # A program that ends meanwhile does not wait for the compiler.
