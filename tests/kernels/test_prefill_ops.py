@@ -10,7 +10,7 @@ import torch
 from adakv_compile.kernels.compact.reference import compact
 from adakv_compile.kernels.select.cpu import select_cpu
 from adakv_compile.kernels.select.reference import select
-from adakv_compile.policy import Policy, layer_budget
+from adakv_compile.policy import Policy, layer_budget, layer_capacity
 
 OPS = torch.ops.adakv
 
@@ -31,6 +31,81 @@ def test_select_keeps_the_budget(method: Any, budget: float, layer: int) -> None
             assert (part.diff() > 0).all()
             assert part.min() >= 0
             assert part.max() < 60
+
+
+@pytest.mark.parametrize("method", ["ada-snapkv", "ada-pyramid", "streamingllm"])
+def test_padding_is_not_kept_and_not_counted(method: Any) -> None:
+    policy = Policy(method=method, budget=20, window=4, layer=2, num_layers=3)
+    scores = torch.rand(4, 3, 60, generator=torch.manual_seed(0))
+    lengths = [60, 41, 15, 0]
+    padding = torch.arange(60) >= 60 - torch.tensor(lengths)[:, None]
+    positions, offsets = OPS.select_v1(scores, padding, None, policy.encode())
+    assert positions.shape[1] == 3 * layer_capacity(policy, 60)
+    assert offsets[:, -1].tolist() == [3 * layer_budget(policy, n) for n in lengths]
+    for row, length in enumerate(lengths):
+        end = int(offsets[row, -1])
+        assert (positions[row, :end] >= 60 - length).all()
+        assert not positions[row, end:].any()
+        if length:
+            alone = scores[row : row + 1, :, 60 - length :].contiguous()
+            single, bounds = OPS.select_v1(alone, None, None, policy.encode())
+            assert torch.equal(bounds[0], offsets[row])
+            assert torch.equal(single[0, :end] + 60 - length, positions[row, :end])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sliding_window", [2, 10, 60, 61])
+def test_select_drops_what_no_later_query_sees(sliding_window: int, padded: bool) -> None:
+    policy = Policy(budget=12, window=4)
+    scores = torch.rand(2, 3, 60, generator=torch.manual_seed(0))
+    padding = torch.ones(2, 60, dtype=torch.bool) if padded else None
+    positions, offsets = OPS.select_v1(scores, padding, sliding_window, policy.encode())
+    live = min(60, sliding_window - 1)
+    assert positions.shape[1] == 3 * min(12, live)
+    assert offsets[0, -1] == positions.shape[1]
+    assert positions.min() >= 60 - live
+    sliced, bounds = OPS.select_v1(scores[:, :, 60 - live :].contiguous(), None, sliding_window, policy.encode())
+    assert torch.equal(sliced + 60 - live, positions)
+    assert torch.equal(bounds, offsets)
+
+
+@pytest.mark.parametrize("overload", ["default", "portable"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_compact(contiguous: bool, overload: str) -> None:
+    random = torch.manual_seed(0)
+    policy = Policy(budget=12, window=4).encode()
+    scores = torch.rand(2, 3, 60, generator=random)
+    padding = torch.ones(2, 60, dtype=torch.bool)
+    padding[1, :53] = False
+    positions, offsets = OPS.select_v1(scores, padding, None, policy)
+    key, value = torch.randn(2, 60, 3, 8, generator=random), torch.randn(2, 60, 3, 6, generator=random)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if contiguous:
+        key, value = key.contiguous(), value.contiguous()
+    keys, values = getattr(OPS.compact_v1, overload)(key, value, positions, offsets)
+    assert keys.is_contiguous()
+    for row in range(2):
+        for head in range(3):
+            begin, end = offsets[row, head : head + 2].tolist()
+            places = positions[row, begin:end].long()
+            assert torch.equal(keys[row, begin:end], key[row, head, places])
+            assert torch.equal(values[row, begin:end], value[row, head, places])
+    assert offsets[1, -1] == 21
+    assert not keys[1, 21:].any()
+    assert not values[1, 21:].any()
+
+
+def test_arguments_are_checked() -> None:
+    policy = Policy(budget=12, window=4).encode()
+    key = torch.rand(2, 3, 20, 8)
+    with pytest.raises(ValueError, match=r"select: scores has shape \[2, 3\]; expected \[\*, \*, \*\]"):
+        OPS.select_v1(torch.rand(2, 3), None, None, policy)
+    with pytest.raises(ValueError, match=r"select: padding is torch\.float32; expected torch\.bool"):
+        OPS.select_v1(torch.rand(2, 3, 9), torch.ones(2, 9), None, policy)
+    with pytest.raises(ValueError, match="compact: value has shape"):
+        OPS.compact_v1(key, key[:, :2], torch.zeros(2, 6).int(), torch.zeros(2, 4).int())
+    with pytest.raises(ValueError, match="not an encoded policy"):
+        OPS.select_v1(torch.rand(2, 3, 9), None, None, "nothing")
 
 
 @pytest.mark.parametrize("method", ["ada-snapkv", "ada-pyramid", "snapkv", "pyramidkv", "streamingllm"])
