@@ -85,10 +85,12 @@ def _begin(source: Path, otherwise: str) -> Future[ctypes.CDLL | None]:
     found: Future[ctypes.CDLL | None] = Future()
 
     def build() -> None:
+        library = None
         try:
-            found.set_result(_build(source, otherwise))
-        except BaseException as error:  # noqa: BLE001 - whoever waits for it is told
-            found.set_exception(error)
+            library = _build(source, otherwise)
+        finally:
+            # Whatever failed, nobody waits for it for ever.
+            found.set_result(library)
 
     # A program that ends meanwhile does not wait for the compiler.
     Thread(target=build, name="adakv-native", daemon=True).start()
