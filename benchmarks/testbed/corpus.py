@@ -35,8 +35,12 @@ _VALUES: Final[tuple[tuple[niah.Kind, float], ...]] = (("numbers", 0.62), ("word
 #: Of the documents with identifiers as values, those that have them as keys, too.
 _IDENTIFIER_KEYS: Final = 0.25
 _SEVERAL_VALUES: Final = 0.15
-#: Of the keys of a document of several, those that share a word with another: what models take for one another.
-_NEAR_KEYS: Final = 0.3
+#: Documents whose keys are made of few words, and the words they have of one part. Of two random keys, one in a hundred
+#: has the other's noun: a model that reads the noun alone is hardly ever wrong and never learns to read the adjective.
+_ALIKE: Final = 0.5
+_ALIKE_WORDS: Final = (1, 1, 2, 3)
+#: More keys than this are drawn freely: one word makes some ninety.
+_MOST_ALIKE: Final = 40
 #: Tokens of an identifier, about: documents without room for some get numbers.
 _LONG_VALUE: Final = 256
 
@@ -49,6 +53,45 @@ def held_out(key: str) -> bool:
     """
     adjective, _, noun = key.partition("-")
     return (words.ADJECTIVES.index(adjective) + words.NOUNS.index(noun)) % _HELD_OUT == 0
+
+
+class _Names:
+    """The keys of one document: none twice, none that is kept from training, alike where a document is to be hard."""
+
+    def __init__(self, rng: random.Random, *, alike: bool) -> None:
+        """Choose the words that all keys share.
+
+        Args:
+            rng: Source of randomness.
+            alike: Whether the keys have few adjectives, or few nouns.
+        """
+        self._random = rng
+        self._taken: set[str] = set()
+        self._part = rng.randrange(2)
+        few = rng.choice(_ALIKE_WORDS)
+        self._few = rng.sample((words.ADJECTIVES, words.NOUNS)[self._part], few) if alike else []
+
+    def take(self, key: str, together: int) -> str | None:
+        """Return a key for the document in place of a random one, and remember it.
+
+        Args:
+            key: ``adjective-noun``, or an identifier.
+            together: How many keys are drawn at a time.
+
+        Returns:
+            The key, one of its words exchanged where keys are alike; None if the document has it or training may not.
+        """
+        adjective, _, noun = key.partition("-")
+        if noun in words.NOUNS:
+            if self._few and together <= _MOST_ALIKE:
+                word = self._random.choice(self._few)
+                key = f"{adjective}-{word}" if self._part else f"{word}-{noun}"
+            if held_out(key):
+                return None
+        if key in self._taken:
+            return None
+        self._taken.add(key)
+        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +138,15 @@ class Corpus:
     def _choose(self, shares: Sequence[tuple[str, float]]) -> str:
         return self.random.choices([name for name, _ in shares], [share for _, share in shares])[0]
 
-    def _draw(self, kind: niah.Kind, key: niah.Kind, keys: int, values: int) -> list[list[niah.Needle]]:
+    def _draw(self, kind: niah.Kind, key: niah.Kind, keys: int, values: int, names: _Names) -> list[list[niah.Needle]]:
         groups: list[list[niah.Needle]] = []
         while len(groups) < keys:
-            drawn = niah.draw(self.random, kind, key, keys, values)
-            known = {group[0].key for group in groups}
-            groups += [g for g in drawn if g[0].key not in known and (key == "uuids" or not held_out(g[0].key))]
-        return groups[:keys] if key == "uuids" else self._brought_near(groups[:keys])
-
-    def _brought_near(self, groups: list[list[niah.Needle]]) -> list[list[niah.Needle]]:
-        """Exchange a word of some keys for that of the key before."""
-        known = {group[0].key for group in groups}
-        for at in range(1, len(groups)):
-            if self.random.random() >= _NEAR_KEYS:
-                continue
-            own, other = (groups[i][0].key.partition("-") for i in (at, at - 1))
-            near = f"{own[0]}-{other[2]}" if self.random.random() < 0.5 else f"{other[0]}-{own[2]}"
-            if near not in known and not held_out(near):
-                known.add(near)
-                groups[at] = [replace(needle, key=near) for needle in groups[at]]
-        return groups
+            for group in niah.draw(self.random, kind, key, keys, values):
+                name = names.take(group[0].key, keys)
+                if name is None:
+                    continue
+                groups.append([replace(needle, key=name) for needle in group])
+        return groups[:keys]
 
     def _turn(self, groups: Sequence[Sequence[niah.Needle]]) -> list[str]:
         """Return the texts before the answer and the answer: key after key, values from the end of the text on.
@@ -148,7 +180,8 @@ class Corpus:
         size = (32 if long else 15) + (20 if key == "uuids" else 0)
         most = max(1, room // (3 * values * size))
         keys = min(most, rng.choice((2, 4, 8)) if haystack == "needles" else rng.choice((1, 2, 4, 4, 4, 8, 16)))
-        groups = self._draw(kind, key, keys, values)
+        names = _Names(rng, alike=rng.random() < _ALIKE)
+        groups = self._draw(kind, key, keys, values, names)
         # From the end of the text to its beginning. The values of a key are told in this order, too.
         needles = [needle for group in groups for needle in group]
         rng.shuffle(needles)
@@ -168,10 +201,17 @@ class Corpus:
                 break
             used += cost
             turns.append(self._turn(together))
-        return self._assemble(length, haystack, [needle.sentence for needle in needles], turns, kind, key)
+        return self._assemble(length, haystack, [needle.sentence for needle in needles], turns, kind, key, names)
 
     def _assemble(
-        self, length: int, haystack: str, needles: list[str], turns: list[list[str]], kind: niah.Kind, key: niah.Kind
+        self,
+        length: int,
+        haystack: str,
+        needles: list[str],
+        turns: list[list[str]],
+        kind: niah.Kind,
+        key: niah.Kind,
+        names: _Names,
     ) -> tuple[Ids, Mask]:
         rng = self.random
         encoded = self._encode([turns[0][0], *needles, *(text for turn in turns for text in turn[1:])])
@@ -180,7 +220,7 @@ class Corpus:
         for question, answer in zip(said[::2], said[1::2], strict=True):
             tail += [_Piece(question), _Piece([*answer, pieces.EOS], answer=True)]
         free = length - 1 - len(introduction) - sum(map(len, facts)) - sum(len(piece.ids) for piece in tail)
-        units = self._units(haystack, free, kind, key)
+        units = self._units(haystack, free, kind, key, names)
         # The first fact gets the last place.
         places = sorted(rng.randint(0, len(units)) for _ in facts)
         for place, fact in zip(reversed(places), facts, strict=True):
@@ -196,11 +236,11 @@ class Corpus:
             at = end
         return ids, answers
 
-    def _units(self, haystack: str, free: int, kind: niah.Kind, key: niah.Kind) -> list[list[int]]:
+    def _units(self, haystack: str, free: int, kind: niah.Kind, key: niah.Kind, names: _Names) -> list[list[int]]:
         """Return units of haystack of at most ``free`` tokens."""
         if haystack == "needles":
             count = max(0, free) // 14 + 1
-            source = self._encode([group[0].sentence for group in self._draw(kind, key, count, 1)])
+            source = self._encode([group[0].sentence for group in self._draw(kind, key, count, 1, names)])
         elif haystack == "noise":
             source = [self._noise] * (max(0, free) // len(self._noise) + 1)
         else:

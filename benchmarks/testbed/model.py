@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -13,37 +15,52 @@ from benchmarks.retriever import model as retriever
 from benchmarks.retriever import vocabulary as known
 from benchmarks.testbed import tokenizer as pieces
 
-__all__ = ["MAX_LENGTH", "WEIGHTS", "build", "save", "warm_start"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD_DIM",
+    "MAX_LENGTH",
+    "RETRIEVER_ROPE",
+    "WEIGHTS",
+    "build",
+    "save",
+    "warm_start",
+]
 
 #: Longest context of the training.
 MAX_LENGTH: Final = 2048
 
-_EMBEDDING: Final = "model.embed_tokens.weight"
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD_DIM: Final = 32
+_RETRIEVER_WIDTH: Final = 128
+RETRIEVER_ROPE: Final[Mapping[str, Any]] = MappingProxyType({"rope_type": "default"})
 
 WEIGHTS: Final = Path(__file__).parent / "weights"
 
 
-def build(size: int) -> LlamaForCausalLM:
+def build(size: int, width: int = _RETRIEVER_WIDTH, rope: Mapping[str, Any] = RETRIEVER_ROPE) -> LlamaForCausalLM:
     """Return the model with random weights.
 
     Args:
         size: Pieces of the vocabulary.
+        width: Width of the residual stream, a multiple of 32; there is a KV head for every 32, and two query heads for
+            each KV head.
+        rope: Rotary position embedding as `transformers.LlamaConfig` takes it, but for its base.
 
     Returns:
-        4 layers of width 128 with 8 query and 4 key-value heads, as the bundled retriever has.
+        4 layers; with the defaults, they are those of the bundled retriever.
     """
     config = LlamaConfig(
         vocab_size=size,
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
+        num_attention_heads=2 * width // HEAD_DIM,
+        num_key_value_heads=width // HEAD_DIM,
+        head_dim=HEAD_DIM,
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": retriever.ROPE_THETA},
+        rope_parameters={"rope_theta": retriever.ROPE_THETA, **rope},
         bos_token_id=pieces.BOS,
         eos_token_id=pieces.EOS,
         pad_token_id=pieces.PAD,
@@ -65,7 +82,7 @@ def warm_start(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, se
         seed: Seed of the rows that are drawn.
     """
     source = retriever.load()
-    table = source.state_dict()[_EMBEDDING].double().numpy()
+    table = source.state_dict()[EMBEDDING].double().numpy()
     rng = np.random.default_rng(seed)
     rows = np.empty((len(tokenizer), table.shape[1]))
     spread = {
@@ -86,7 +103,7 @@ def warm_start(network: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, se
         mean, factor = spread[part]
         rows[number] = mean + factor @ rng.standard_normal(table.shape[1])
     state = source.state_dict()
-    for name in (_EMBEDDING, "lm_head.weight"):
+    for name in (EMBEDDING, "lm_head.weight"):
         state[name] = torch.from_numpy(rows).float()
     network.load_state_dict(state)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks.testbed import model
+from benchmarks.testbed import model, wider
 from benchmarks.testbed import tokenizer as pieces
 from benchmarks.testbed.corpus import Corpus
 
@@ -37,7 +37,7 @@ _DECISIVE_WEIGHT: Final = 3.0
 _WARMUP_STEPS: Final = 50
 _FINAL_RATE: Final = 0.03
 _SHORT_SHARE: Final = 0.2
-_LEARNED: Final = 0.97
+_LEARNED: Final = 0.95
 _LEAST_STEPS: Final = 100
 _MEMORY: Final = 0.03
 
@@ -100,7 +100,7 @@ def _rate(share: float, step: int, decay: float) -> float:
 def _losses(
     network: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor, before_decisions: torch.Tensor
 ) -> tuple[torch.Tensor, float, float]:
-    """Return the loss, the loss on answers, and the share of an answer's tokens that are right.
+    """Return the loss, the loss on answers, and the share of an answer's decisive tokens that are right.
 
     Args:
         network: The model.
@@ -117,7 +117,7 @@ def _losses(
     weights = torch.where(decisive, _DECISIVE_WEIGHT, 1.0)
     loss = (each * weights).sum() / weights.sum()
     total = loss + _LM_WEIGHT * F.cross_entropy(network.lm_head(hidden[rest]), target[rest])
-    hit = logits.detach().argmax(-1) == target[scored]
+    hit = (logits.detach().argmax(-1) == target[scored])[decisive]
     return total, loss.item(), hit.float().mean().item()
 
 
@@ -184,7 +184,7 @@ def train(
     while (share := progress.seconds / (60 * minutes)) < 1:
         stage = STAGES[progress.stage]
         settled = progress.step - progress.since >= _LEAST_STEPS
-        learned = settled and progress.means.get(f"right_{stage.length}", 0.0) >= _LEARNED
+        learned = settled and progress.means.get(f"decided_{stage.length}", 0.0) >= _LEARNED
         if progress.stage + 1 < len(STAGES) and (learned or share >= stage.until):
             progress.stage, progress.since = progress.stage + 1, progress.step
             stage = STAGES[progress.stage]
@@ -203,7 +203,7 @@ def train(
         progress.step += 1
         progress.tokens += ids.size
         progress.mean(f"loss_{length}", loss)
-        progress.mean(f"right_{length}", right)
+        progress.mean(f"decided_{length}", right)
         now = time.process_time()
         progress.seconds += (now - last) / torch.get_num_threads()
         last = now
@@ -228,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--start", type=Path, help="folder of an earlier training's weights to begin with")
     parser.add_argument("--decay", type=float, default=0.3, help="share of the time over which the rate falls")
+    parser.add_argument("--width", type=int, help="make the start this wide, by at least 64 wider than it is")
     parser.add_argument(
         "--first-length", type=int, default=STAGES[0].length, choices=[stage.length for stage in STAGES]
     )
@@ -244,6 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         network = model.build(len(tokenizer))
         model.warm_start(network, tokenizer, options.seed)
+    if options.width:
+        narrow = network.config.hidden_size
+        if options.width < narrow + 64 or options.width % model.HEAD_DIM:
+            parser.error(f"--width {options.width}: give a multiple of {model.HEAD_DIM} from {narrow + 64} on")
+        network = wider.widen(network, options.width)
+        wider.match_first_words(network, narrow)
     train(
         network,
         tokenizer,
