@@ -37,7 +37,7 @@ _DECISIVE_WEIGHT: Final = 3.0
 _WARMUP_STEPS: Final = 50
 _FINAL_RATE: Final = 0.03
 _SHORT_SHARE: Final = 0.2
-_LEARNED: Final = 0.95
+_LEARNED: Final = 0.92
 _LEAST_STEPS: Final = 100
 _MEMORY: Final = 0.03
 

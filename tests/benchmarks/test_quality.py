@@ -84,8 +84,8 @@ def test_tasks_are_chosen_by_the_full_cache_alone(tmp_path: Path) -> None:
         rows += [{"task": "c", "length": 512, "mean": 1.0}]
         (tmp_path / f"{seed}.json").write_text(json.dumps({"scores": rows}))
     files = sorted(tmp_path.iterdir())
-    assert samples.learned(files, 1024, 0.98) == ["a"], "0.98 and 0.975"
-    assert samples.learned(files, 1024) == ["a", "b"]
+    assert samples.learned(files, 1024) == ["a"], "0.98 and 0.975"
+    assert samples.learned(files, 1024, 0.9) == ["a", "b"]
     assert samples.learned(files, 512) == ["c"]
     with pytest.raises(ValueError, match="no score at 2048 tokens"):
         samples.learned(files, 2048)
