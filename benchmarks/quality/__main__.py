@@ -102,7 +102,8 @@ def _answered(part: Part, plan: Plan, trained: Trained, out: Path, shared: Mappi
 
 
 def _told(shared: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in shared.items() if name not in ("weights", "tasks")}
+    told = {name: value for name, value in shared.items() if name != "weights"}
+    return {**told, "tasks": " ".join(shared["tasks"])}
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any, Final
 
 from adakv_compile.evaluation.records import Record
 from adakv_compile.evaluation.statistics import Difference, Interval, interval, paired
 
-__all__ = ["SURE", "Name", "answered", "by_setting", "difference", "mean", "verdict"]
+__all__ = ["SURE", "Name", "answered", "by_setting", "difference", "mean", "overall", "verdict"]
 
 SURE: Final = 2.0
 """Standard errors from which a difference is counted for one side."""
@@ -52,9 +53,25 @@ def mean(records: Iterable[Record]) -> Interval | None:
 
 def difference(ours: Iterable[Record], theirs: Iterable[Record]) -> Difference | None:
     """Return the mean difference in per cent over the questions that both answered, with its standard error."""
-    known = {_question(record): record["score"] for record in theirs}
-    pairs = [(record["score"], known[_question(record)]) for record in ours if _question(record) in known]
-    return paired(pairs) if pairs else None
+    return overall([(ours, theirs)])
+
+
+def overall(sides: Iterable[tuple[Iterable[Record], Iterable[Record]]]) -> Difference | None:
+    """Return the mean difference in per cent over several settings, with its standard error.
+
+    A question's answers under several budgets are alike, so they are one observation: their mean.
+
+    Args:
+        sides: Records of a setting of ours and of one of theirs, for each budget.
+    """
+    found: defaultdict[tuple[Any, ...], list[tuple[float, float]]] = defaultdict(list)
+    for ours, theirs in sides:
+        known = {_question(record): record["score"] for record in theirs}
+        for record in ours:
+            if (question := _question(record)) in known:
+                found[question].append((record["score"], known[question]))
+    means = [(fmean(ours for ours, _ in some), fmean(theirs for _, theirs in some)) for some in found.values()]
+    return paired(means) if means else None
 
 
 def verdict(differences: Sequence[Difference | None]) -> tuple[int, int, int]:

@@ -13,8 +13,8 @@ from adakv_compile.evaluation.methods import FULL, METHODS
 from adakv_compile.evaluation.records import Record
 from adakv_compile.evaluation.statistics import Difference
 from benchmarks.gpu.report import table
-from benchmarks.quality.compare import SURE, answered, by_setting, difference, mean, verdict
-from benchmarks.quality.parts import MAIN
+from benchmarks.quality.compare import SURE, answered, by_setting, difference, mean, overall, verdict
+from benchmarks.quality.parts import ADAPTIVE, AWARE, MAIN
 from benchmarks.quality.plot import draw
 
 __all__ = ["markdown", "scores_csv", "write"]
@@ -23,6 +23,9 @@ _PAIRS: Final = (("ada-snapkv", "snapkv"), ("ada-pyramid", "pyramidkv"))
 """The same scores, with adaptive budgets and with equal ones."""
 
 _COLUMNS: Final = ("part", "protocol", "method", "budget", "seed", "task", "index", "score", "kept", "prompt_sha256")
+
+#: The budget at which the page tells what every head keeps.
+_HEADS_AT: Final = 96
 
 Found = Mapping[str, Sequence[Record]]
 
@@ -64,7 +67,8 @@ def markdown(facts: Mapping[str, Any], found: Found) -> str:
         "Methods are compared on the questions that the full cache answers completely right; the others would show the "
         "model's own errors. Scores in per cent, every task with the same weight: the mean over the trainings ± half "
         "its 95 % confidence interval (Student's t). Differences are over the same questions under both, ± their "
-        "standard error. Budgets are entries per KV head, the observation window of 32 included; prompts have some 900 "
+        "standard error; over all budgets a question is one observation, its mean. Budgets are entries per KV head, the "
+        "observation window of 32 included; prompts have some 900 "
         "tokens.",
     ]
     crashed = sum(record["score"] is None for records in found.values() for record in records)
@@ -77,6 +81,7 @@ def markdown(facts: Mapping[str, Any], found: Found) -> str:
         sections += [_scores(main, protocol) for protocol in MAIN.protocols]
         sections += [_pairs(main, *pair) for pair in _PAIRS]
         sections += [_by_task(main, protocol) for protocol in MAIN.protocols]
+        sections.append(_heads(main))
     if main and len(found) > 1:
         sections.append(_variants(found))
     sections.append(f"Questions without an answer: {crashed}. Every score: quality.csv.gz.")
@@ -124,17 +129,22 @@ def _pairs(records: Sequence[Record], ours: str, theirs: str) -> str:
     cells: list[Difference | None] = []
     for protocol in MAIN.protocols:
         for task in [*_tasks(records), None]:
-            row: list[Difference | None] = []
-            for budget in budgets:
-                sides = [settings.get((protocol, method, budget), []) for method in (ours, theirs)]
-                row.append(difference(*(side if task is None else _of(side, task=task) for side in sides)))
+            wanted: dict[str, object] = {} if task is None else {"task": task}
+            sides = [
+                (
+                    _of(settings.get((protocol, ours, budget), []), **wanted),
+                    _of(settings.get((protocol, theirs, budget), []), **wanted),
+                )
+                for budget in budgets
+            ]
+            row = [difference(*side) for side in sides]
             cells += row if task is not None else []
-            lines.append([protocol, task or "all", *row])
+            lines.append([protocol, task or "all", *row, overall(sides)])
     first, second, neither = verdict(cells)
     return (
         f"## {ours} minus {theirs}\n\nOf {first + second + neither} cells of a task, a budget and a protocol, {first} "
         f"are for {ours} by more than {SURE:g} standard errors, {second} for {theirs}, {neither} for neither.\n\n"
-        + table(["protocol", "task", *map(str, budgets)], lines)
+        + table(["protocol", "task", *map(str, budgets), "all budgets"], lines)
     )
 
 
@@ -149,6 +159,24 @@ def _by_task(records: Sequence[Record], protocol: str) -> str:
     return f"## Task by task, {protocol}\n\n{table(['task', 'method', *map(str, budgets)], lines)}"
 
 
+def _heads(records: Sequence[Record]) -> str:
+    """Return what every KV head keeps on average; nothing of records that don't tell, as those of an earlier table."""
+    some = [r for r in _of(records, method=ADAPTIVE, budget=_HEADS_AT, protocol=AWARE) if r.get("heads")]
+    lines: list[list[object]] = []
+    for seed in sorted({record["seed"] for record in some}):
+        kept = [record["heads"] for record in some if record["seed"] == seed]
+        for number, layer in enumerate(zip(*kept, strict=True)):
+            means = [sum(head) / len(head) for head in zip(*layer, strict=True)]
+            lines.append([seed, number, *(f"{entries:.0f}" for entries in means)])
+    if not lines:
+        return ""
+    names = [f"head {head}" for head in range(max(map(len, lines)) - 2)]
+    return (
+        f"## Entries of every KV head, {ADAPTIVE}, budget {_HEADS_AT}, {AWARE}\n\nMeans over the questions.\n\n"
+        + table(["training", "layer", *names], lines)
+    )
+
+
 def _variants(found: Found) -> str:
     base = by_setting(found[MAIN.name])
     parts = {name: by_setting(records) for name, records in found.items() if name != MAIN.name}
@@ -160,9 +188,7 @@ def _variants(found: Found) -> str:
                 b: (settings.get(key, []), base.get(key, [])) for b in budgets if (key := _key(settings, method, b))
             }
             told = [difference(*pairs[b]) if b in pairs else None for b in budgets]
-            everything = [_marked(record, b) for b, (ours, _) in pairs.items() for record in ours]
-            reference = [_marked(record, b) for b, (_, theirs) in pairs.items() for record in theirs]
-            lines.append([name, method, *told, difference(everything, reference)])
+            lines.append([name, method, *told, overall(pairs.values())])
     return (
         "## One change of the default at a time, question-aware\n\nDifference to the default of the same method at the "
         "same budget. The default: ties=position, safeguard=soft, alpha=0.2, window=32, pool=max, gqa=mean.\n\n"
@@ -172,8 +198,3 @@ def _variants(found: Found) -> str:
 
 def _key(settings: Mapping[Any, Any], method: str, budget: Any) -> Any:
     return next((key for key in settings if key[1:] == (method, budget)), None)
-
-
-def _marked(record: Record, budget: Any) -> Record:
-    """Return a record whose question is told from the same one under another budget."""
-    return {**record, "index": (record["index"], budget)}

@@ -190,7 +190,7 @@ class Corpus:
 
         turns: list[list[str]] = []
         used = 0
-        # Half of the documents ask once, as the evaluation does.
+        # Two documents in five ask once, as the evaluation does.
         wanted = 1 if rng.random() < 0.4 else rng.randint(2, max(4, length // 64))
         left = rng.sample(groups, len(groups))
         while left and len(turns) < wanted:

@@ -1,9 +1,8 @@
 """Train the test bed: ``python -m benchmarks.testbed.train --minutes 90 --out build/testbed``.
 
-A run can be stopped at any time and goes on from its last state when it is started again with the same folder. The
-schedule follows the time that the run had the processor for, as the machine may be shared: a longer text is tried
-when the present one is learned, or when its share of the time is over; the learning rate falls to the end whatever was
-reached.
+A run can be stopped at any time and goes on from its last state when the same command is given again. The schedule
+follows the time that the run had the processor for, as the machine may be shared: a longer text is tried when the
+present one is learned, or when its share of the time is over; the learning rate falls to the end whatever was reached.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 
 from adakv_compile.evaluation import ruler
 from benchmarks.quality import earlier, samples
-from benchmarks.quality.compare import answered, by_setting, difference, mean, verdict
+from benchmarks.quality.compare import answered, by_setting, difference, mean, overall, verdict
 from benchmarks.quality.models import Trained, folders
 from benchmarks.quality.parts import BUDGETS, MAIN, PARTS
 from benchmarks.quality.report import markdown, write
@@ -54,6 +54,17 @@ def test_differences_are_over_the_questions_that_both_answered() -> None:
     # +100 and 0: mean 50, standard error 70.71 / sqrt(2).
     assert (told.mean, told.error, told.pairs) == (pytest.approx(50), pytest.approx(50), 2)
     assert difference(ours, found(("snapkv", 9, 0, "a", 1.0))) is None
+
+
+def test_a_question_is_one_observation_over_several_budgets() -> None:
+    def at(method: str, *scores: float) -> list[dict[str, Any]]:
+        return found(*((method, 0, index, "a", score) for index, score in enumerate(scores)))
+
+    # Question 0: +100 and 0, so 50; question 1: 0 and 0. Four observations would have an error of 25.
+    told = overall([(at("ada-snapkv", 1, 0), at("snapkv", 0, 0)), (at("ada-snapkv", 1, 1), at("snapkv", 1, 1))])
+    assert told is not None
+    assert (told.mean, told.error, told.pairs) == (pytest.approx(25), pytest.approx(50 / 2**0.5 / 2**0.5), 2)
+    assert overall([]) is None
 
 
 def test_a_side_needs_more_than_two_standard_errors() -> None:
@@ -115,7 +126,7 @@ def test_the_page_has_every_cell_and_says_who_wins(tmp_path: Path) -> None:
     page = markdown({"trainings": 2}, {"main": main, "safeguard=hard": hard})
     assert "| question-aware | niah_single_2 | 90.00 | 5 | 4 |" in page
     assert "Of 2 cells of a task, a budget and a protocol, 1 are for ada-snapkv" in page
-    assert "| question-aware | niah_single_2 | +100.00 ± 0.00 |" in page
+    assert "| question-aware | niah_single_2 | +100.00 ± 0.00 | +100.00 ± 0.00 |" in page
     assert "| safeguard=hard | ada-snapkv | -50.00 ± 0.00 | -50.00 ± 0.00 |" in page
     assert "Questions without an answer: 0." in page
     write({}, {"main": main, "safeguard=hard": hard}, tmp_path)
@@ -123,6 +134,20 @@ def test_the_page_has_every_cell_and_says_who_wins(tmp_path: Path) -> None:
     rows = list(csv.DictReader(gzip.decompress((tmp_path / "quality.csv.gz").read_bytes()).decode().splitlines()))
     assert len(rows) == len(main) + len(hard)
     assert rows[-1] | {"score": "0.5", "part": "safeguard=hard"} == rows[-1]
+
+
+def test_the_page_says_what_every_head_keeps_where_records_do() -> None:
+    main = [record("full", None, 1.0, index=index) for index in range(2)]
+    main += [record("ada-snapkv", 96, 1.0, index=i, heads=[[90 + i, 102 - i], [i, 192 - i]]) for i in (0, 1)]
+    main.append(record("ada-snapkv", 96, 1.0, protocol=AGNOSTIC, heads=[[0, 192], [0, 192]]))
+    main.append(record("ada-snapkv", 40, 1.0, heads=[[80, 0], [80, 0]]))
+    page = markdown({}, {"main": main})
+    assert "| training | layer | head 0 | head 1 |" in page
+    assert "| 0 | 0 | 90 | 102 |" in page, "halves are rounded to even"
+    assert "| 0 | 1 | 0 | 192 |" in page
+    for told in main:
+        told.pop("heads", None)
+    assert "Entries of every KV head" not in markdown({}, {"main": main})
 
 
 def test_entering_a_training_puts_its_weights_into_the_decoder() -> None:

@@ -71,18 +71,19 @@ def test_keys_that_are_held_out_never_occur_and_are_a_fifth_of_all(tokenizer: Pr
 
 def test_no_key_is_told_twice_and_those_of_many_documents_share_a_word(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, _ = Corpus(tokenizer, 9).batch(512, 60)
-    several = alike = 0
+    several = alike = needles = 0
     for row in ids:
         facts = set(re.findall(r"for (\S+) is: ([\w -]+)\.", tokenizer.decode(row).partition("What ")[0]))
         by_key = {key for key, _ in facts}
-        # Up to four values of a key are meant; a haystack of needles has one of each.
-        assert len(facts) <= 4 * len(by_key)
-        if len(by_key) > 30:
+        # More keys than are ever hidden: a haystack of needles, where a key has one value. Elsewhere four are meant.
+        if len(by_key) > 16:
+            needles += 1
             assert len(facts) == len(by_key)
         named = [key.split("-") for key in by_key if key.count("-") == 1]
         if len(named) >= 4:
             several += 1
             alike += any(len({name[part] for name in named}) <= 3 for part in (0, 1))
+    assert needles >= 5
     assert several >= 20
     assert several / 4 <= alike <= several * 3 / 4
 
