@@ -67,9 +67,8 @@ def markdown(facts: Mapping[str, Any], found: Found) -> str:
         "Methods are compared on the questions that the full cache answers completely right; the others would show the "
         "model's own errors. Scores in per cent, every task with the same weight: the mean over the trainings ± half "
         "its 95 % confidence interval (Student's t). Differences are over the same questions under both, ± their "
-        "standard error; over all budgets a question is one observation, its mean. Budgets are entries per KV head, the "
-        "observation window of 32 included; prompts have some 900 "
-        "tokens.",
+        "standard error; over all budgets a question is one observation, its mean. Budgets are entries per KV head, "
+        "the observation window of 32 included; prompts have some 900 tokens.",
     ]
     crashed = sum(record["score"] is None for records in found.values() for record in records)
     main = found.get(MAIN.name, [])
