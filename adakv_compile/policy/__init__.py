@@ -5,10 +5,11 @@ from __future__ import annotations
 from adakv_compile.policy.allocate import head_budgets, uniform_budgets
 from adakv_compile.policy.budget import keeps_all, layer_budget, layer_capacity
 from adakv_compile.policy.policy import Gqa, Method, Policy, Pool
-from adakv_compile.policy.scores import pool_scores, window_scores
+from adakv_compile.policy.scores import HIDDEN_LOGIT, pool_scores, window_scores
 from adakv_compile.policy.select import select
 
 __all__ = [
+    "HIDDEN_LOGIT",
     "Gqa",
     "Method",
     "Policy",

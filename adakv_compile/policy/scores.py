@@ -9,7 +9,11 @@ from torch.nn import functional
 
 from adakv_compile.policy.policy import Gqa, Pool
 
-__all__ = ["pool_scores", "window_scores"]
+__all__ = ["HIDDEN_LOGIT", "pool_scores", "window_scores"]
+
+# Float masks hide by the lowest float as well as by -inf: no product of a query and a key comes near. A query all of
+# whose logits are below sees nothing: their differences are rounding.
+HIDDEN_LOGIT: Final = -3.4e37
 
 # Largest float32 transient that one step of the scoring may make.
 _MAX_BLOCK_BYTES: Final = 64 << 20
@@ -45,7 +49,8 @@ def window_scores(
             key. None: everywhere.
         causal: Whether the queries are those of the last ``W`` keys and see none after their own, on top of
             ``visible``. Only these keys' logits are looked at, not those of the whole prompt.
-        bias: Float, added to the capped logits, broadcastable like ``visible``; ``-inf`` hides a key, too.
+        bias: Float, added to the capped logits, broadcastable like ``visible``; what is below ``HIDDEN_LOGIT``, such
+            as ``-inf`` or the lowest float, hides a key, too.
         softcap: Logits are ``softcap * tanh(scale * product / softcap)``. None: they are not capped.
         sinks: Floating ``[Hq]``, one more logit of each query head, of no key; it takes its share of the softmax.
         gqa: Reduction over the group, ``"mean"`` or ``"max"``.
@@ -131,7 +136,8 @@ def _block_scores(
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
-        logits += bias
+        bias = bias.float()
+        logits += bias.masked_fill(bias < HIDDEN_LOGIT, -torch.inf)
     if mask is not None:
         logits.masked_fill_(~mask, -torch.inf)
     if causal:

@@ -171,6 +171,23 @@ def test_mask(kind: str) -> None:
     check(dataclasses.replace(case, mask=mask), policy_of())
 
 
+@pytest.mark.parametrize("gqa", ["mean", "max"])
+def test_a_query_that_a_float_mask_leaves_nothing_decides_nothing(gqa: str) -> None:
+    """Uniform attention over what a head happens to hold would favour heads that hold little."""
+    case, policy = ragged_case(LENGTHS, count=12), policy_of(gqa=gqa)
+    hidden = torch.rand(2, 6, 12, case.length, generator=torch.manual_seed(2)) < 0.3
+    hidden[0, :, -3] = True
+    hidden[1, 2:, -5:-1] = True
+    kept = [
+        torch.ops.adakv.extend_v2(
+            *dataclasses.replace(case, mask=torch.zeros(hidden.shape).masked_fill(hidden, low)).extend_arguments(policy)
+        )[1:]
+        for low in (torch.finfo(torch.float32).min, -torch.inf)
+    ]
+    for lowest, infinite in zip(*kept, strict=True):
+        assert torch.equal(lowest, infinite)
+
+
 def test_without_eviction_everything_stays() -> None:
     case = ragged_case(LENGTHS, count=5)
     arguments = case.extend_arguments(policy_of(), evict=False)

@@ -101,6 +101,21 @@ def test_bias_is_added_to_the_logits() -> None:
     torch.testing.assert_close(window_scores(query, key, scale=0.5, bias=bias), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gqa", ["mean", "max"])
+def test_the_lowest_float_hides_as_infinity_does(gqa: Any, dtype: torch.dtype) -> None:
+    query, key = inputs((1, 4, 2, 3, 7, 4))
+    hidden = torch.rand(1, 1, 3, 7, generator=torch.Generator().manual_seed(1)) < 0.4
+    hidden[:, :, 1] = True  # a query that sees nothing: its logits differ by rounding, if at all
+    lowest, infinite = (
+        torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, low) for low in (torch.finfo(dtype).min, -torch.inf)
+    )
+    result = window_scores(query, key, scale=0.5, bias=lowest, gqa=gqa)
+    assert torch.equal(result, window_scores(query, key, scale=0.5, bias=infinite, gqa=gqa))
+    if gqa == "mean":
+        torch.testing.assert_close(result.sum(-1), torch.full((1, 2), 2 / 3))
+
+
 def test_half_precision_is_scored_in_float32() -> None:
     query, key = (part.bfloat16() for part in inputs((1, 4, 2, 3, 50, 8)))
     actual = window_scores(query, key, scale=0.3)

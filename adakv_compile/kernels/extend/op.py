@@ -13,13 +13,14 @@
 | results 3, 4     | `[B, Hkv + 1]`, `[B, N']` int32 | its offsets and positions                                 |
 
 The new prefix covers positions up to `L = prefix_length + tail_length + T` and starts a fresh tail there. Scores: the
-attention of the last `min(window, T)` queries to everything held (a sink takes its share of it), in float32, mean over
-the window's real tokens, mean or max over the query group; pooling goes by position, and evicted neighbours are absent.
-The last `window` positions stay, and entries that are padding, or that a sliding window hides from every later query,
-go. A row keeps `Hkv * layer_budget(policy, n)` entries, `n` its real tokens (with a sliding window: of the last
-`sliding_window - 1`), or all it holds if that is less. `N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length
-+ T))` (at least 2), with `layer_capacity` in place of `layer_budget` if there is padding (see `select_v1`) and `L`
-limited as `n` is; without eviction the second term. All results are contiguous and newly allocated.
+attention of the last `min(window, T)` queries to everything held (a sink takes its share; what a float mask hides by a
+number below `policy.HIDDEN_LOGIT` has none), in float32, mean over the window's real tokens, mean or max over the query
+group; pooling goes by position, and evicted neighbours are absent. The last `window` positions stay, and entries that
+are padding, or that a sliding window hides from every later query, go. A row keeps `Hkv * layer_budget(policy, n)`
+entries, `n` its real tokens (with a sliding window: of the last `sliding_window - 1`), or all it holds if that is less.
+`N' = min(Hkv * layer_budget(policy, L), N + Hkv * (tail_length + T))` (at least 2), with `layer_capacity` in place of
+`layer_budget` if there is padding (see `select_v1`) and `L` limited as `n` is; without eviction the second term. All
+results are contiguous and newly allocated.
 """
 
 from __future__ import annotations

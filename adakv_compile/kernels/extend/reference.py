@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from adakv_compile.kernels.decode_attention.reference import (
     visibility_of,
 )
 from adakv_compile.kernels.select.reference import capacity, pack
-from adakv_compile.policy import Policy
+from adakv_compile.policy import HIDDEN_LOGIT, Policy
 
 __all__ = ["Extended", "extend", "extended_slots", "real_positions"]
 
@@ -174,6 +175,9 @@ def _scores(
     visibility = visibility.block(visibility.count - window, window)
     grouped = grouped_query(query, num_heads, softmax.scale)
     attended = attend_block(entries, grouped, softmax, visibility)
+    # A query that sees only what a float mask hides attends to all alike, which says nothing of any entry.
+    blind = attended.peak < HIDDEN_LOGIT
+    attended = dataclasses.replace(attended, mass=attended.mass.masked_fill(blind, torch.inf))
     rows = grouped[:, :, visibility.start :].flatten(1, 2)
     counted = None
     if real is not None:

@@ -116,8 +116,6 @@ def hidden(draw: Draw) -> None:
             seen = draw.uniform(2, 1, 7, length - 5).cpu() < 0.7
             seen[0, 0, 2] = False
             hides = torch.where(seen, draw.normal(*seen.shape).cpu(), torch.finfo(torch.float32).min)
-            # A query that sees nothing but what a float mask hides says nothing of any entry.
-            hides[0, 0, 2, 0] = 0.0
             case.mask = seen if kind == "bool" else hides
         _check(draw, case, dataclasses.replace(POLICY, gqa="max" if kind == "float" else "mean"))
 

@@ -81,6 +81,7 @@ def _dense(
     if mask is not None:
         visible, mask = torch.tensor(True), mask.cpu()[..., mask.shape[3] - length :]
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.double()
+        logits = logits.masked_fill(logits < -1e38, -torch.inf)
     logits = logits.masked_fill(~(visible & real[:, None, None]), -torch.inf)
     sums = logits.logsumexp(-1)
     total = sums if sinks is None else torch.logaddexp(sums, sinks.cpu().double()[:, None])
@@ -211,7 +212,11 @@ def _masks(draw: Draw) -> None:
     hidden[:, :, -3:] = False
     _check(query, key, window=9, mask=hidden, sinks=torch.full((4,), -torch.inf, device=draw.device))
     lowest = torch.where(draw.uniform(*everything.shape) < 0.5, 0.0, torch.finfo(torch.float32).min)
-    _check(query, key, window=9, mask=lowest.to(draw.device), given=(False,))
+    for row in (-1, -4):  # one query of the window sees nothing else, one a single key
+        lowest[:, :, row] = torch.finfo(torch.float32).min
+    lowest[:, :, -4, 3] = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        _check(query, key, window=9, mask=lowest.to(draw.device, dtype), given=(False,))
 
 
 def _padding_holds_nan(draw: Draw) -> None:
