@@ -10,6 +10,8 @@ import argparse
 import functools
 import json
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +19,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from adakv_compile.evaluation.errors import EvaluationError
 from benchmarks.machine import describe
 from benchmarks.peers import worker
 from benchmarks.peers.client import RefusedError, Worker, WorkerError
@@ -27,8 +31,10 @@ from benchmarks.peers.environment import PeersMissingError, default_folder, prep
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.report import markdown
 from benchmarks.peers.run import Comparison, Plan
+from benchmarks.quality.models import folders
+from benchmarks.quality.samples import make
 from benchmarks.retriever import model
-from benchmarks.theory.prompts import make_prompts
+from benchmarks.theory.prompts import Prompt, make_prompts, of_sample
 
 __all__ = ["main"]
 
@@ -42,20 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, or 1 if the peers could not be installed or started: the results then hold this side only.
     """
-    given = _parser().parse_args(arguments)
+    parser = _parser()
+    typed = sys.argv[1:] if arguments is None else arguments
+    given = parser.parse_args(typed)
     torch.set_num_threads(given.threads)
     transformers_logging.disable_progress_bar()
+    try:
+        checkpoint, tasks, prompts = _asked(given)
+    except (EvaluationError, ValueError) as error:
+        parser.error(str(error))
     console = Console(stderr=True)
     with console.status("the peers' environment; the first time, this takes minutes"):
         start, missing = _peers(given.environment, Path(tempfile.gettempdir()) / "adakv-peers.log", given.timeout)
     if start is None:
         console.print(missing["kvpress"], highlight=False)
-    prompts = make_prompts(given.tasks, given.length, given.documents, given.seed)
-    network = model.load(given.checkpoint)
-    network.set_attn_implementation("eager")
+    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     plan = Plan(prompts, given.windows, given.budgets, given.kernel_size, given.rounds)
     options = {"pool": "avg", "alpha": 0.2, "safeguard": "hard", "inner": given.inner, "strict": True}
-    sides = Sides(Ours(given.checkpoint, options), start, given.checkpoint, given.threads)
+    sides = Sides(Ours(checkpoint, options), start, checkpoint, given.threads)
     path = given.out / "peers.jsonl"
     with console.status("") as status:
         comparison = Comparison(plan, sides, network, path, status.update)
@@ -65,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             versions = f"not there ({error})"
         comparison.write(
             "run",
-            model=given.checkpoint.name,
+            command=shlex.join(["python", "-m", "benchmarks.peers", *typed]),
+            model=checkpoint.name if given.testbed is None else f"test bed, training {given.testbed}",
             documents=len(prompts),
-            tasks=given.tasks,
+            tasks=tasks,
             length=given.length,
             seed=given.seed,
             ours=options,
@@ -89,7 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--environment", type=Path, default=default_folder(), help="the peers' virtual environment")
     parser.add_argument("--checkpoint", type=Path, default=model.CHECKPOINT, help="folder with the retriever's weights")
-    parser.add_argument("--tasks", nargs="+", default=["few", "many"], help="the retriever's tasks with one question")
+    parser.add_argument("--testbed", type=int, metavar="SEED", help="a training of the test bed in place of it")
+    parser.add_argument(
+        "--tasks", nargs="+", help="tasks with one answer for a key [default: few many, or three of RULER]"
+    )
     parser.add_argument("--documents", type=int, default=20, help="documents of each task")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a document with its question and answer")
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128, 256])
@@ -102,6 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds in which the peers must answer")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     return parser
+
+
+def _asked(given: argparse.Namespace) -> tuple[Path, Sequence[str], list[Prompt]]:
+    """Return the model's folder, the names of the tasks and the prompts.
+
+    Raises:
+        EvaluationError: A task of RULER is unknown.
+        ValueError: A training, or a task of the retriever, is unknown, or a task has no single answer for a key.
+    """
+    if given.testbed is None:
+        tasks = given.tasks or ["few", "many"]
+        return given.checkpoint, tasks, make_prompts(tasks, given.length, given.documents, given.seed)
+    trained = folders()
+    if given.testbed not in trained:
+        raise ValueError(f"no training {given.testbed} of the test bed; there are {', '.join(map(str, trained))}")
+    tasks = given.tasks or ["niah_single_2", "niah_multikey_1", "niah_multiquery"]
+    tokenizer = AutoTokenizer.from_pretrained(trained[given.testbed])
+    samples = make(tokenizer, tasks, given.length, given.documents, given.seed)
+    return trained[given.testbed], tasks, [of_sample(sample, tokenizer) for sample in samples]
 
 
 def _peers(folder: Path, log: Path, timeout: float) -> tuple[Callable[[], Worker] | None, dict[str, Any]]:

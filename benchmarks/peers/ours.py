@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import adakv_compile
 from adakv_compile.backend import adakv
 from benchmarks.peers import worker
-from benchmarks.retriever import model
 
 __all__ = ["Ours"]
 
@@ -27,7 +26,7 @@ class Ours:
     """Models of one configuration; like the worker, it has one cache at a time.
 
     Attributes:
-        checkpoint: Hugging Face folder of the retriever.
+        checkpoint: Hugging Face folder of the model.
         options: Options of the backend besides method and budget.
     """
 
@@ -115,7 +114,7 @@ class Ours:
         if name not in self._models:
             if way["kind"] not in _KINDS:
                 raise ValueError(f"no kind {way['kind']!r}; there are {', '.join(_KINDS)}")
-            network: Any = model.load(self.checkpoint)
+            network: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
             if way["kind"] != "dynamic":
                 own = {"method": way["kind"], "budget": way["budget"], "window": way["window"]}
                 own |= {"kernel_size": way["kernel"]}

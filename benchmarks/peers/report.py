@@ -22,7 +22,7 @@ def markdown(rows: Sequence[Row]) -> str:
     facts = next((row for row in rows if row["kind"] == "run"), {})
     sections = [
         "# This backend and its peers",
-        f"`python -m benchmarks.peers`; {_listed(facts)}.",
+        f"`{facts.get('command', 'python -m benchmarks.peers')}`; {_listed(facts)}.",
         "All on the same weights, prompts and budgets, in float32, one process computing at a time. Both programs are "
         "set to one rule, that of kvpress: hard safeguard, average pooling, mean over the group; 64 is its own window. "
         "A budget counts entries per KV head, the window included.",
@@ -63,7 +63,7 @@ def _section(title: str, words: str, body: str) -> str:
 
 
 def _listed(facts: Row) -> str:
-    parts = [f"{name} {_flat(value)}" for name, value in facts.items() if name != "kind"]
+    parts = [f"{name} {_flat(value)}" for name, value in facts.items() if name not in ("kind", "command")]
     return "; ".join(parts)
 
 

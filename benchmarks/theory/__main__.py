@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 from transformers.utils import logging as transformers_logging
 
+from adakv_compile.evaluation.errors import EvaluationError
 from benchmarks.machine import describe
 from benchmarks.quality.models import Trained, folders
 from benchmarks.quality.samples import make
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             network.set_attn_implementation("eager")
             for prompt in track(prompts, f"dense attention, {name}"):
                 samples += of_prompt(network, prompt, settings)
-    except ValueError as error:
+    except (EvaluationError, ValueError) as error:
         parser.error(str(error))
     facts = {
         "model": "test bed, all trainings" if given.testbed else given.checkpoint.name,

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.peers import worker
+from benchmarks.peers.__main__ import main
 from benchmarks.peers.client import RefusedError, Worker, WorkerError
 from benchmarks.peers.compare import agree, pooled_scores, total
 from benchmarks.peers.contestants import Contestant, Sides, full, pruned
@@ -20,9 +22,11 @@ from benchmarks.peers.environment import PeersMissingError, prepare
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.report import markdown
 from benchmarks.peers.run import Comparison, Plan
+from benchmarks.quality.models import folders
+from benchmarks.quality.samples import make
 from benchmarks.retriever import model
 from benchmarks.theory.dense import attend
-from benchmarks.theory.prompts import make_prompts
+from benchmarks.theory.prompts import make_prompts, of_sample
 from tests.oracles import paper
 
 FAKE = """
@@ -146,6 +150,35 @@ def test_this_side_keeps_a_budget_and_says_where() -> None:
     with pytest.raises(ValueError, match="no kind 'adakv'"):
         ours.open(prompt.aware, {"kind": "adakv"})
     ours.reset()
+
+
+def test_this_side_answers_the_test_bed_as_it_was_taught() -> None:
+    folder = folders()[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [of_sample(one, tokenizer) for one in make(tokenizer, ["niah_single_2", "niah_multiquery"], 512, 2, 5)]
+    ours, way = Ours(folder, {}), full()[0].way
+    for prompt in prompts:
+        ours.open(prompt.aware, way)
+        assert tuple(ours.decode(len(prompt.answer))["tokens"]) == prompt.answer
+        assert len(prompt.answer) > 3  # what the prompt itself decides is the first alone
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (["--testbed", "9"], "no training 9 of the test bed; there are 0, 1, 2"),
+        (["--testbed", "0", "--tasks", "nosuch"], "unknown RULER task 'nosuch'; choose from niah_single_1, "),
+        (["--testbed", "0", "--tasks", "vt"], "'vt' asks for 0 keys and has 5 answers"),
+        (["--tasks", "vt"], "no task 'vt' with a single question; there are single, few"),
+    ],
+)
+def test_what_can_not_be_asked_is_refused_before_anything_runs(
+    asked: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*asked, "--documents", "1", "--out", str(tmp_path), "--environment", str(tmp_path / "none")])
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def runner(fail: str, calls: list[str]) -> Callable[[Sequence[str]], subprocess.CompletedProcess[str]]:
@@ -280,6 +313,7 @@ def test_a_comparison_records_what_fails_and_goes_on(tmp_path: Path) -> None:
 
 def test_nothing_to_show_is_an_empty_page() -> None:
     assert "##" not in markdown([{"kind": "run", "model": "x", "peers": {"torch": "1"}, "tasks": ["a", "b"]}])
+    assert "`x --y 1`; model x." in markdown([{"kind": "run", "command": "x --y 1", "model": "x"}])
     assert "model x; peers torch 1; tasks a, b." in markdown(
         [{"kind": "run", "model": "x", "peers": {"torch": "1"}, "tasks": ["a", "b"]}]
     )
