@@ -143,7 +143,7 @@ class Options:
         for name in given:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise OptionsError(f"unknown option {name!r}{hint} Known options: {', '.join(names)}")
         inductor = given.pop("inductor", ())
         if isinstance(inductor, Mapping):
@@ -185,7 +185,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value in choices:
         return
     near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise OptionsError(f"option {name!r} is {value!r}{hint} Allowed: {', '.join(map(repr, choices))}")
 
 

@@ -81,7 +81,7 @@ def settings(
     for method in methods:
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise EvaluationError(f"unknown method {method!r}{hint} Allowed: {', '.join(METHODS)}")
     for name, given in (("method", methods), ("budget", budgets)):
         if len(set(given)) < len(given):
