@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"pool": "avg", "alpha": 0.2, "safeguard": "hard", "inner": given.inner, "strict": True}
     sides = Sides(Ours(checkpoint, options), start, checkpoint, given.threads)
     path = given.out / "peers.jsonl"
+    # Before the results are begun, which make the tree another than the commit's.
+    here = {**describe(), "load": round(os.getloadavg()[0], 1)}
     with console.status("") as status:
         comparison = Comparison(plan, sides, network, path, status.update)
         try:
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             length=given.length,
             seed=given.seed,
             ours=options,
-            here={**describe(), "load": round(os.getloadavg()[0], 1)},
+            here=here,
             peers=versions,
         )
         for name, why in missing.items():
