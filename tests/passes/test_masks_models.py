@@ -148,10 +148,13 @@ def test_padded_batches_are_proved(model_type: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_unpadded_prompts_have_no_mask() -> None:
+def test_unpadded_prompts_have_no_mask_or_one_of_ones() -> None:
     spy = generate(tiny("llama"), padded=False)
     assert all(seen.is_self_causal for seen in spy.seen)
-    assert {seen.proof.kind for seen in spy.seen} == {MaskKind.CAUSAL, MaskKind.FULL}
+    # transformers 5.17 hands a mask over under compilation, later ones none.
+    (masked,) = {seen.proof.padding is not None for seen in spy.seen}
+    kinds = {MaskKind.CAUSAL} if masked else {MaskKind.CAUSAL, MaskKind.FULL}
+    assert {seen.proof.kind for seen in spy.seen} == kinds
 
 
 @pytest.mark.parametrize("padded", [True, False])

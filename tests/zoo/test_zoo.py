@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.zoo.sweep import examine
 
@@ -33,6 +35,8 @@ EXPECTED: dict[str, str] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_type_is_what_the_table_says_and_passes_every_check(name: str) -> None:
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no type {name}")
     row = examine(name)
     assert row.problems == []
     assert row.status == EXPECTED[name], row.reasons
