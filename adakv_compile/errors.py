@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["AdaKVError", "CompilationRefusedError", "OptionsError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["AdaKVError", "CompilationRefusedError", "OptionsError", "hint"]
 
 
 class AdaKVError(Exception):
@@ -15,3 +18,14 @@ class OptionsError(AdaKVError, ValueError):
 
 class CompilationRefusedError(AdaKVError, RuntimeError):
     """With ``strict=True``: a graph holds an attention with a KV cache that was not compressed."""
+
+
+def hint(word: object, known: Iterable[str]) -> str:
+    """Return how a message about an unknown word goes on: with the nearest known one, or with a full stop.
+
+    Args:
+        word: What was given.
+        known: What is known.
+    """
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, get_args
 
-from adakv_compile.errors import OptionsError
+from adakv_compile.errors import OptionsError, hint
 from adakv_compile.kernels import KERNELS, Kernels
 from adakv_compile.kernels.prefill_attention import BACKENDS
 from adakv_compile.policy.policy import Gqa, Method, Policy, Pool, Safeguard, Ties
@@ -142,9 +141,7 @@ class Options:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in names:
-                near = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise OptionsError(f"unknown option {name!r}{hint} Known options: {', '.join(names)}")
+                raise OptionsError(f"unknown option {name!r}{hint(name, names)} Known options: {', '.join(names)}")
         inductor = given.pop("inductor", ())
         if isinstance(inductor, Mapping):
             inductor = tuple(sorted(inductor.items()))  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
@@ -184,9 +181,8 @@ class Options:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise OptionsError(f"option {name!r} is {value!r}{hint} Allowed: {', '.join(map(repr, choices))}")
+    allowed = ", ".join(map(repr, choices))
+    raise OptionsError(f"option {name!r} is {value!r}{hint(value, choices)} Allowed: {allowed}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None) -> None:

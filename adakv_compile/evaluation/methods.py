@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
-from adakv_compile.errors import OptionsError
+from adakv_compile.errors import OptionsError, hint
 from adakv_compile.evaluation.errors import EvaluationError
 from adakv_compile.options import Options
 from adakv_compile.policy.policy import Method
@@ -80,9 +79,7 @@ def settings(
     """
     for method in methods:
         if method not in METHODS:
-            near = difflib.get_close_matches(method, METHODS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise EvaluationError(f"unknown method {method!r}{hint} Allowed: {', '.join(METHODS)}")
+            raise EvaluationError(f"unknown method {method!r}{hint(method, METHODS)} Allowed: {', '.join(METHODS)}")
     for name, given in (("method", methods), ("budget", budgets)):
         if len(set(given)) < len(given):
             raise EvaluationError(f"a {name} is given twice: {', '.join(map(str, given))}")

@@ -12,7 +12,8 @@ from adakv_compile.policy.policy import Gqa, Pool
 __all__ = ["HIDDEN_LOGIT", "pool_scores", "window_scores"]
 
 # Float masks hide by the lowest float as well as by -inf: no product of a query and a key comes near. A query all of
-# whose logits are below sees nothing: their differences are rounding.
+# whose logits are below sees nothing: their differences are rounding. The Triton kernels' bound, in units of log 2, is
+# half of their LOWEST.
 HIDDEN_LOGIT: Final = -3.4e37
 
 # Largest float32 transient that one step of the scoring may make.

@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--environment", type=Path, default=default_folder(), help="the peers' virtual environment")
     parser.add_argument("--checkpoint", type=Path, default=model.CHECKPOINT, help="folder with the retriever's weights")
-    parser.add_argument("--testbed", type=int, metavar="SEED", help="a training of the test bed in place of it")
+    parser.add_argument(
+        "--testbed", type=int, metavar="SEED", help="a training of the test bed in place of the retriever"
+    )
     parser.add_argument(
         "--tasks", nargs="+", help="tasks with one answer for a key [default: few many, or three of RULER]"
     )

@@ -49,8 +49,8 @@ def markdown(rows: Sequence[Row]) -> str:
         _section(
             "Time",
             "Milliseconds, median and quartiles; the contestants take turns, so what else the machine does hits all of "
-            "them (its load at the start is above). The model is tiny: these are the costs of the machinery, not of "
-            "attention.",
+            "them (its load at the start is above). adakv_compile is compiled by its inner compiler, the others run in "
+            "eager mode. The model is tiny: these are the costs of the machinery, not of attention.",
             _times(rows),
         ),
         _section("Not compared", "", _absent(rows)),

@@ -35,7 +35,7 @@ EXPECTED: dict[str, str] = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_type_is_what_the_table_says_and_passes_every_check(name: str) -> None:
-    if name not in CONFIG_MAPPING:
+    if name not in CONFIG_MAPPING and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
         pytest.skip(f"transformers {transformers.__version__} has no type {name}")
     row = examine(name)
     assert row.problems == []

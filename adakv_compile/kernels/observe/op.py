@@ -20,12 +20,11 @@ scores to what its cache keeps. Queries that lie before the first key (`L < T`) 
 A mask replaces the causal and the sliding rule; padding comes on top. Its last column belongs to the last key, its
 last row to the last query, and `M` is `L` or more. A float mask is added to the capped logits; what is below
 `policy.HIDDEN_LOGIT`, as the lowest float is, hides a key like `-inf`, so that a query that sees no others scores
-nothing, though models let it attend to all alike. A sink is one more term
-of its head's softmax, so that scores sum to less. What the attention itself returns for free may be given as `lse`, if
-its queries saw exactly these keys, sinks left out: the op adds them. It saves a pass over the keys and changes nothing
-else. `"streamingllm"` needs no scores and gets zeros; so does on the CPU a row that is kept whole whatever its scores
-are (`policy.keeps_all`). Cost: `Hq * min(window, T) * L * Dk` products, each key read once
-(twice without `lse`).
+nothing, though models let it attend to all alike. A sink is one more term of its head's softmax, so that scores sum to
+less. What the attention itself returns for free may be given as `lse`, if its queries saw exactly these keys, sinks
+left out: the op adds them. It saves a pass over the keys and changes nothing else. `"streamingllm"` needs no scores and
+gets zeros; so does on the CPU a row that is kept whole whatever its scores are (`policy.keeps_all`). Cost:
+`Hq * min(window, T) * L * Dk` products, each key read once (twice without `lse`).
 """
 
 from __future__ import annotations
